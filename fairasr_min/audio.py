@@ -1,0 +1,152 @@
+"""Waveforms and log-mel features.
+
+Shapes: B batch, S samples at 16 kHz, T frames of 10 ms, F mel bins.
+This is the only file that knows torchaudio and soundfile.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio.functional
+from torch import nn
+
+SAMPLE_RATE = 16_000
+WINDOW = 400  # 25 ms
+HOP = 160  # 10 ms
+N_FFT = 512
+N_MELS = 80
+PRE_EMPHASIS = 0.97
+LOG_GUARD = 2.0**-24  # added before the logarithm: digital silence has no logarithm
+
+
+class AudioError(ValueError):
+    """An audio file that cannot be used; the message names the file and the reason."""
+
+
+def audio_seconds(path: str | Path) -> float:
+    """Length in seconds, read from the file's header. Raises AudioError."""
+    try:
+        info = soundfile.info(path)
+    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+        raise AudioError(f"{path}: not readable as audio ({_reason(error)})") from None
+    if info.frames <= 0 or info.samplerate <= 0:
+        raise AudioError(f"{path}: holds no audio samples")
+    return info.frames / info.samplerate
+
+
+def read_audio(path: str | Path, offset: float = 0.0, seconds: float | None = None) -> torch.Tensor:
+    """Read wav, flac, ogg, opus or mp3 as mono float32 (S,) at 16 kHz.
+
+    Channels are averaged, other sample rates resampled (band-limited sinc). `offset` and
+    `seconds` cut a segment out of a longer recording. Raises AudioError if the file cannot be
+    decoded, is empty, or holds NaN or infinite samples.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            if offset:
+                file.seek(min(round(offset * file.samplerate), file.frames))
+            frames = -1 if seconds is None else round(seconds * file.samplerate)
+            samples = file.read(frames, dtype="float32", always_2d=True)
+            rate = file.samplerate
+    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+        raise AudioError(f"{path}: not readable as audio ({_reason(error)})") from None
+    if len(samples) == 0:
+        raise AudioError(f"{path}: holds no audio samples")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples")
+    waveform = torch.from_numpy(samples).mean(dim=1)
+    if rate != SAMPLE_RATE:
+        waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+    return waveform
+
+
+def _reason(error: Exception) -> str:
+    # libsndfile repeats the path in front of its reason; the caller names it already
+    return str(error).split(": ", 1)[-1].strip().rstrip(".") or type(error).__name__
+
+
+class LogMel(nn.Module):
+    """Log-mel features as NeMo (2.5 and later) computes them, without its random dither.
+
+    Pre-emphasis 0.97, 25 ms Hann window every 10 ms, 512-point power spectrum, 80 Slaney mel
+    bins, logarithm; then zero mean and unit variance per utterance and bin over its own frames.
+    Always float32, whatever autocast says: a power spectrum overflows half precision.
+
+    The filter matrix and the window are buffers, so that a checkpoint carries its own.
+    """
+
+    def __init__(self, n_mels: int = N_MELS):
+        super().__init__()
+        mel = torchaudio.functional.melscale_fbanks(
+            N_FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, n_mels, SAMPLE_RATE, "slaney", "slaney"
+        )
+        self.register_buffer("mel", mel.T.contiguous())  # (F, 257)
+        self.register_buffer("window", torch.hann_window(WINDOW, periodic=False))  # (400,)
+
+    @torch.no_grad()
+    def forward(self, waveforms: torch.Tensor, n_samples: torch.Tensor):
+        """(B, S), (B,) -> features (B, T, F), n_frames (B,).
+
+        T = S // 160 + 1 and n_frames = n_samples // 160: the last frame is always padding.
+        Frames from n_frames on are zero, and no utterance depends on what it is batched with.
+        """
+        with torch.autocast(waveforms.device.type, enabled=False):
+            x = waveforms.float()
+            x = torch.cat([x[:, :1], x[:, 1:] - PRE_EMPHASIS * x[:, :-1]], dim=1)
+            x = x * length_mask(n_samples, x.shape[1])
+            spectrum = torch.stft(
+                x, N_FFT, HOP, WINDOW, self.window, pad_mode="constant", return_complex=True
+            )  # (B, 257, T), centred on multiples of the hop
+            power = spectrum.real.square() + spectrum.imag.square()
+            x = torch.log(self.mel @ power + LOG_GUARD).transpose(1, 2)  # (B, T, F)
+
+            n_frames = n_samples // HOP
+            valid = length_mask(n_frames, x.shape[1])[:, :, None]
+            count = n_frames[:, None, None]
+            mean = (x * valid).sum(1, keepdim=True) / count.clamp(min=1)
+            x = (x - mean) * valid
+            variance = x.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+            return x / (variance.sqrt() + 1e-5), n_frames
+
+
+class SpecAugment:
+    """Masks random stretches of time and bands of frequency with zeros (the mean of LogMel).
+
+    Park et al., "SpecAugment", Interspeech 2019. Every utterance gets masks of its own, inside
+    its true length. A width below 1 is a fraction of the utterance, else a number of frames.
+
+    The random numbers come in as an argument: the data set draws them from (seed, epoch,
+    utterance), so that a mask depends neither on batch mates, nor on workers or processes.
+    """
+
+    def __init__(self, time_masks: int, time_width: float, freq_masks: int, freq_width: int):
+        self.time_masks, self.time_width = time_masks, time_width
+        self.freq_masks, self.freq_width = freq_masks, freq_width
+        self.n_draws = 2 * (time_masks + freq_masks)
+
+    def __call__(self, features: torch.Tensor, n_frames: torch.Tensor, draws: torch.Tensor):
+        """(B, T, F), (B,), (B, n_draws) uniform in [0, 1) -> (B, T, F). Does not write in place."""
+        width, start = draws.to(features.device).chunk(2, dim=1)  # (B, masks) each
+        limit = n_frames[:, None].float()
+        longest = limit * self.time_width if self.time_width < 1 else float(self.time_width)
+        t, f = self.time_masks, self.time_masks + self.freq_masks
+        time = _bands(width[:, :t] * longest, start[:, :t], limit, features.shape[1])
+        bins = torch.full_like(limit, features.shape[2])
+        freq = _bands(width[:, t:f] * self.freq_width, start[:, t:f], bins, features.shape[2])
+        return features.masked_fill(time[:, :, None] | freq[:, None, :], 0.0)
+
+
+def _bands(width, start, limit, size):
+    """Widths and relative starts (B, masks) -> (B, size), true inside any of the masks."""
+    width = torch.minimum(width.floor(), limit)
+    first = (start * (limit - width + 1)).floor()
+    position = torch.arange(size, device=width.device)[None, None, :]
+    inside = (position >= first[:, :, None]) & (position < (first + width)[:, :, None])
+    return inside.any(dim=1)
+
+
+def length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
+    """(B,) -> (B, size) bool, true where an utterance has content and false on its padding."""
+    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]

@@ -1,0 +1,264 @@
+"""The encoder and the two models: against NeMo's recorded outputs, double loops, and the laws."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fairasr_min.audio import length_mask
+from fairasr_min.conformer import (
+    SIZES,
+    Conformer,
+    ConformerConfig,
+    MaskedBatchNorm,
+    RelativeAttention,
+    encoder_frames,
+    relative_positions,
+    shift,
+)
+from fairasr_min.losses import ctc_loss
+from fairasr_min.model import ConformerCTC, FairASR, masked_mean
+from fairasr_min.text import Tokenizer, ctc_collapse
+
+NEMO = Path(__file__).parent / "fixtures" / "nemo"
+SMALL = ConformerConfig(
+    d_model=24, n_layers=2, n_heads=3, conv_kernel=7, subsampling_channels=8, dropout=0, dropout_att=0
+)
+
+
+@pytest.fixture(scope="module")
+def nemo():
+    """Our model with the weights of an archive that NeMo wrote, and what NeMo computed from it."""
+    with tarfile.open(NEMO / "tiny_conformer_ctc.nemo") as archive:
+        files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}
+    encoder = yaml.safe_load(files["model_config.yaml"])["encoder"]
+    weights = torch.load(io.BytesIO(files["model_weights.ckpt"]), weights_only=True)
+    tokenizer = next(v for k, v in files.items() if k.endswith("tokenizer.model"))
+    config = ConformerConfig(
+        d_model=encoder["d_model"],
+        n_layers=encoder["n_layers"],
+        n_heads=encoder["n_heads"],
+        conv_kernel=encoder["conv_kernel_size"],
+        subsampling_channels=encoder["d_model"],
+    )
+    model = ConformerCTC(config, Tokenizer(tokenizer)).eval()
+    prefix = "encoder."
+    model.encoder.load_state_dict(
+        {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}, strict=True
+    )
+    head = "decoder.decoder_layers.0."
+    model.decoder.load_state_dict(
+        {"weight": weights[head + "weight"][:, :, 0], "bias": weights[head + "bias"]}
+    )
+    expected = dict(np.load(NEMO / "expected_tiny.npz"))
+    audio = np.load(NEMO / "waveforms.npz")
+    waveforms, n_samples = map(torch.from_numpy, (audio["waveforms"], audio["lengths"]))
+    return model, waveforms, n_samples, expected, weights
+
+
+def test_mel_matrix_and_window_are_nemos(nemo):
+    model, _, _, _, weights = nemo
+    assert torch.allclose(model.log_mel.mel, weights["preprocessor.featurizer.fb"][0], atol=1e-6)
+    assert torch.equal(model.log_mel.window, weights["preprocessor.featurizer.window"])
+
+
+def test_encoder_and_log_probs_are_nemos(nemo):
+    model, waveforms, n_samples, expected, _ = nemo
+    with torch.no_grad():
+        encoded, lengths = model.encoder(*model.log_mel(waveforms, n_samples))
+        log_probs, _ = model(waveforms, n_samples)
+    assert lengths.tolist() == expected["encoded_len"].tolist()
+    for i, n in enumerate(lengths):
+        theirs = torch.from_numpy(expected["encoded"][i].T)
+        assert torch.allclose(encoded[i, :n], theirs[:n], atol=1e-4)
+        theirs = torch.from_numpy(expected["log_probs"][i])
+        assert torch.allclose(log_probs[i, :n], theirs[:n], atol=1e-4)
+        alone, _ = model(waveforms[i : i + 1, : n_samples[i]], n_samples[i : i + 1])
+        theirs = torch.from_numpy(expected[f"single{i}_log_probs"]).view(-1, model.blank + 1)
+        assert torch.allclose(alone[0, :n], theirs[:n], atol=1e-4)
+
+
+def test_greedy_ids_and_texts_are_nemos(nemo):
+    model, waveforms, n_samples, expected, _ = nemo
+    log_probs, lengths = model(waveforms, n_samples)
+    best = log_probs.argmax(-1)
+    for i, ids in enumerate(json.loads(str(expected["greedy_ids_json"]))):
+        assert ctc_collapse(best[i, : lengths[i]].tolist(), model.blank) == ids
+    texts = model.transcribe([w[:n] for w, n in zip(waveforms, n_samples)])
+    assert texts == expected["texts_spm"].tolist()
+
+
+def test_ctc_loss_and_every_gradient_norm_are_nemos(nemo):
+    model, waveforms, n_samples, expected, _ = nemo
+    model.zero_grad()
+    targets, target_lengths = (
+        torch.from_numpy(expected[k]) for k in ("targets", "target_lengths")
+    )
+    loss = ctc_loss(*model(waveforms, n_samples), targets, target_lengths).mean()
+    assert loss.item() == pytest.approx(float(expected["eval_ctc_loss"]), rel=1e-5)
+    loss.backward()
+    norms = json.loads(str(expected["grad_norms_json"]))
+    for name, parameter in model.named_parameters():
+        theirs = norms[name.replace("decoder.", "decoder.decoder_layers.0.")]
+        assert parameter.grad.norm().item() == pytest.approx(theirs, rel=1e-3, abs=1e-4), name
+
+
+def test_size_small_is_nemos_conformer_ctc_small():
+    assert sum(p.numel() for p in ConformerCTC(SIZES["small"]).parameters()) == 13_154_033
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_shift_takes_the_score_of_the_relative_position(n):
+    scores = torch.randn(2, 3, n, 2 * n - 1)
+    out = shift(scores)
+    for i in range(n):
+        for j in range(n):
+            assert torch.equal(out[..., i, j], scores[..., i, n - 1 - (i - j)])
+
+
+def test_attention_is_the_double_loop():
+    torch.manual_seed(0)
+    b, t, d, heads = 2, 5, 12, 3
+    attention = RelativeAttention(d, heads, dropout=0.0)
+    torch.nn.init.normal_(attention.pos_bias_u)
+    torch.nn.init.normal_(attention.pos_bias_v)
+    x, valid = torch.randn(b, t, d), length_mask(torch.tensor([5, 3]), t)
+    with torch.no_grad():
+        out = attention(x, valid, relative_positions(t, d, x.device))
+        q, k, v = attention.linear_q(x), attention.linear_k(x), attention.linear_v(x)
+        size = d // heads
+        for n in range(b):
+            for i in range(int(valid[n].sum())):
+                parts = []
+                for h in range(heads):
+                    cut = slice(h * size, (h + 1) * size)
+                    scores = []
+                    for j in range(int(valid[n].sum())):
+                        p = attention.linear_pos(sinusoid(i - j, d))[cut]
+                        content = (q[n, i, cut] + attention.pos_bias_u[h]) @ k[n, j, cut]
+                        place = (q[n, i, cut] + attention.pos_bias_v[h]) @ p
+                        scores.append((content + place) / size**0.5)
+                    weights = torch.stack(scores).softmax(0)
+                    parts.append(weights @ v[n, : len(weights), cut])
+                expected = attention.linear_out(torch.cat(parts))
+                assert torch.allclose(out[n, i], expected, atol=1e-5)
+
+
+def sinusoid(position, d):
+    out = torch.zeros(d)
+    for c in range(0, d, 2):
+        angle = position / 10_000 ** (c / d)
+        out[c], out[c + 1] = np.sin(angle), np.cos(angle)
+    return out
+
+
+def test_encoder_frames_is_what_the_convolutions_leave():
+    encoder = Conformer(SMALL).eval()
+    for n in (1, 2, 3, 4, 5, 8, 9, 97, 100):
+        h, lengths = encoder(torch.randn(1, n, 80), torch.tensor([n]))
+        assert h.shape[1] == int(lengths) == encoder_frames(n)
+
+
+def random_model(seed=0):
+    """A FairASR whose BatchNorm statistics and position biases are not the initial ones."""
+    torch.manual_seed(seed)
+    model = FairASR(SMALL, n_adversaries=1, independent_space=True)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    for name, parameter in model.named_parameters():
+        if "pos_bias" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def test_an_embedding_does_not_depend_on_batch_mates():
+    model = random_model().eval()
+    waveforms = [torch.randn(n) for n in (5000, 16000, 23457, 800, 160)]
+    n_samples = torch.tensor([len(w) for w in waveforms])
+    together = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    with torch.no_grad():
+        z, (r,) = model(*model.log_mel(together, n_samples))
+        for i, waveform in enumerate(waveforms):
+            alone, (r_alone,) = model(*model.log_mel(waveform[None], n_samples[i : i + 1]))
+            assert torch.allclose(alone[0], z[i], atol=1e-5)
+            assert torch.allclose(r_alone[0], r[i], atol=1e-5)
+
+
+def test_in_training_loss_and_gradients_do_not_depend_on_the_amount_of_padding():
+    n_frames = torch.tensor([40, 57, 12])
+    features = torch.randn(3, 57, 80) * length_mask(n_frames, 57)[:, :, None]
+
+    def train_step(extra):
+        model = random_model().train()
+        z, (r,) = model(torch.nn.functional.pad(features, (0, 0, 0, extra)), n_frames)
+        loss = z.square().mean() + r.sin().mean()
+        loss.backward()
+        grads = {k: p.grad for k, p in model.named_parameters()}
+        return loss, grads, dict(model.named_buffers())
+
+    loss, grads, buffers = train_step(extra=0)
+    for extra in (1, 3, 50):
+        loss2, grads2, buffers2 = train_step(extra)
+        assert torch.allclose(loss, loss2, atol=1e-6)
+        for name in grads:
+            assert torch.allclose(grads[name], grads2[name], rtol=1e-4, atol=1e-5), name
+        for name in buffers:
+            assert torch.allclose(buffers[name].float(), buffers2[name].float(), atol=1e-5), name
+
+
+def test_masked_batch_norm_is_batch_norm_of_the_valid_frames():
+    torch.manual_seed(0)
+    lengths = torch.tensor([7, 3, 5])
+    valid = length_mask(lengths, 7)[:, None, :]
+    x = torch.randn(3, 4, 7).mul(3).add(1)
+    ours, theirs = MaskedBatchNorm(4), torch.nn.BatchNorm1d(4)
+    for norm in (ours, theirs):
+        norm.weight.data = torch.tensor([1.0, 2.0, 0.5, -1.0])
+        norm.bias.data = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    frames = x.transpose(1, 2)[valid[:, 0]]  # (15, 4): only the valid ones
+    out = ours(x.masked_fill(~valid, 99.0), valid).transpose(1, 2)[valid[:, 0]]
+    assert torch.allclose(out, theirs(frames), atol=1e-5)
+    assert torch.allclose(ours.running_mean, theirs.running_mean, atol=1e-6)
+    assert torch.allclose(ours.running_var, theirs.running_var, atol=1e-5)
+    assert ours.num_batches_tracked == 1
+
+
+def test_masked_mean_is_the_mean_of_the_valid_frames():
+    x, lengths = torch.randn(3, 6, 4), torch.tensor([6, 2, 0])
+    x[2] = float("nan")  # an utterance without frames must not spread
+    mean = masked_mean(x, lengths)
+    assert torch.allclose(mean[0], x[0].mean(0), atol=1e-6)
+    assert torch.allclose(mean[1], x[1, :2].mean(0), atol=1e-6)
+    assert torch.equal(mean[2], torch.zeros(4))
+
+
+@pytest.mark.parametrize("n, independent, heads", [(0, True, 0), (2, False, 0), (2, True, 2)])
+def test_heads_of_the_two_spaces(n, independent, heads):
+    model = FairASR(SMALL, n, independent)
+    assert len(model.adversaries) == heads
+    z, reversed_z = model(torch.randn(2, 20, 80), torch.tensor([20, 9]))
+    assert z.shape == (2, 128) and len(reversed_z) == n
+    for r in reversed_z:
+        assert torch.equal(r, z) != independent  # the reversal is the identity forward
+
+
+def test_a_bf16_step_stays_close_to_fp32():
+    model = random_model().train()
+    features, n_frames = torch.randn(2, 60, 80), torch.tensor([60, 31])
+    z, _ = model(features, n_frames)
+    with torch.autocast("cpu", torch.bfloat16):
+        half, _ = model(features, n_frames)
+    assert torch.nn.functional.cosine_similarity(z, half.float()).min() > 0.99
+
+
+def test_transcribe_needs_eval_mode_and_takes_nothing():
+    model = ConformerCTC(SMALL, vocab_size=5)
+    with pytest.raises(ValueError, match="eval"):
+        model.train().transcribe([torch.zeros(1600)])
+    assert model.eval().transcribe([]) == []
