@@ -1,0 +1,147 @@
+"""Files that others read, and what a run goes on from."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from fairasr_min import checkpoint
+from fairasr_min.checkpoint import CheckpointError
+from fairasr_min.conformer import ConformerConfig
+from fairasr_min.model import ConformerCTC
+from fairasr_min.text import train_tokenizer
+
+CONFIG = ConformerConfig(d_model=16, n_layers=1, n_heads=2, conv_kernel=3, subsampling_channels=4)
+
+
+def model_file(path, kind="ctc"):
+    tokenizer, _ = train_tokenizer(["call mom", "stop it"], 50)
+    model = ConformerCTC(CONFIG, tokenizer).eval()
+    weights = model.state_dict()
+    if kind == "encoder":
+        weights = {k: v for k, v in weights.items() if not k.startswith("decoder")}
+    checkpoint.save_model(path, kind, CONFIG, weights, tokenizer.model, {"a": 1}, commit="x")
+    return model
+
+
+def test_a_model_file_gives_the_same_recogniser(tmp_path):
+    model = model_file(tmp_path / "model.pt")
+    again = checkpoint.load_model(tmp_path / "model.pt")
+    waveforms = [torch.randn(8000), torch.randn(5000)]
+    assert again.transcribe(waveforms) == model.transcribe(waveforms)
+    assert not again.training
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+
+
+def test_a_stage_1_file_says_what_to_run(tmp_path):
+    model_file(tmp_path / "pretrained.pt", "encoder")
+    with pytest.raises(CheckpointError, match="finetune.py --init"):
+        checkpoint.load_model(tmp_path / "pretrained.pt")
+
+
+class Payload:
+    def __reduce__(self):
+        return (open, ("it-ran", "w"))
+
+
+@pytest.mark.parametrize("content", ["nothing", "text", "half", "pickle", "other", "list"])
+def test_what_is_not_a_model_file_is_refused_in_one_line(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pt"
+    model_file(path)
+    whole = path.read_bytes()
+    if content == "other":
+        torch.save({"weights": {}}, path)
+    elif content == "list":
+        torch.save([1, 2], path)
+    else:
+        pieces = {"nothing": b"", "text": b"hello", "half": whole[: len(whole) // 2]}
+        path.write_bytes(
+            pieces.get(content) or (pickle.dumps(Payload()) if content == "pickle" else b"")
+        )
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load_model(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    model_file(path)
+    payload = torch.load(path, weights_only=True)
+    payload["weights"]["decoder.bias"] = torch.zeros(3)
+    torch.save(payload, path)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        checkpoint.load_model(path)
+
+
+def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, {"format": 1, "n": 1})
+
+    def full(payload, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoint.save(path, {"format": 1, "n": 2})
+    assert checkpoint.load(path)["n"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def run_folder(tmp_path, arguments, steps=(1, 2)):
+    checkpoint.start(tmp_path, arguments)
+    for step in steps:
+        checkpoint.save_state(tmp_path, {"step": step})
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
+    arguments = {"lr": 0.1, "label": ["a"], "max_steps": 5}
+    assert checkpoint.resume(tmp_path / "new", arguments) is None
+    run_folder(tmp_path, arguments)
+    assert checkpoint.resume(tmp_path, {**arguments, "max_steps": None})["step"] == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
+    run_folder(tmp_path, {})
+    last = tmp_path / "checkpoint.pt"
+    last.write_bytes(last.read_bytes()[:100] if damage is None else damage)
+    assert checkpoint.resume(tmp_path, {})["step"] == 1
+    assert "checkpoint.pt" in capsys.readouterr().err
+    last.unlink()  # killed between the two renames
+    assert checkpoint.resume(tmp_path, {})["step"] == 1
+    (tmp_path / "previous.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="start anew"):
+        checkpoint.resume(tmp_path, {})
+
+
+def test_other_arguments_are_listed(tmp_path):
+    run_folder(tmp_path, {"lr": 0.1, "seed": 0, "device": "cpu"})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"(?s)lr: 0.1 there, 0.2 now.*another --out"):
+        checkpoint.resume(tmp_path, {"lr": 0.2, "seed": 0, "device": "cuda"})
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+def test_folders_that_hold_something_else(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file"):
+        checkpoint.resume(tmp_path / "file", {})
+    (tmp_path / "model.pt").write_text("precious")
+    with pytest.raises(CheckpointError, match="another --out"):
+        checkpoint.resume(tmp_path, {})
+    assert (tmp_path / "model.pt").read_text() == "precious"
+
+
+def test_a_model_file_is_no_state_and_the_other_way_round(tmp_path):
+    model_file(tmp_path / "model.pt")
+    run_folder(tmp_path / "run", {"a": 1})
+    with pytest.raises(CheckpointError, match="--init"):
+        checkpoint.resume(tmp_path / "else", {}, resume_ckpt=tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="no model file"):
+        checkpoint.load_model(tmp_path / "run" / "checkpoint.pt")
+    assert json.loads((tmp_path / "run" / "args.json").read_text()) == {"a": 1}

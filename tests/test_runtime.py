@@ -1,0 +1,109 @@
+"""Learning rate, the optimizer step and its skips, the log."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from fairasr_min import runtime
+
+ALONE = runtime.World(0, 1, torch.device("cpu"))
+
+
+def test_learning_rate_warms_up_and_falls_to_the_floor():
+    rates = [runtime.lr_at(s, 100, 1.0, 0.1, 0.01) for s in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10] == 1.0 and rates[10:] == sorted(rates[10:], reverse=True)
+    middle = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 45 / 90))
+    assert rates[55] == pytest.approx(middle)
+    assert runtime.lr_at(100, 100, 1.0, 0.1, 0.01) == pytest.approx(0.01)
+    assert runtime.lr_at(0, 1, 1.0, 0.05, 0.01) == 1.0  # a single step
+
+
+def small_step(factor, steps=1, precision="fp32"):
+    """A Linear + BatchNorm after `steps` updates on a loss times `factor`."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    scaler = runtime.grad_scaler(precision, torch.device("cpu"))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for _ in range(steps):
+        buffers = [b.clone() for b in model.buffers()]
+        loss = (model(torch.randn(4, 3)) * factor).square().sum()
+        scaler.scale(loss).backward()
+        norm, done = runtime.update(model, optimizer, scaler, buffers, grad_clip=1.0)
+    return model, optimizer, scaler, before, norm, done
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_non_finite_step_leaves_everything_as_it_was(factor):
+    model, optimizer, scaler, before, norm, done = small_step(factor, steps=3)
+    assert done == 0 and not norm.isfinite()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for state in optimizer.state.values():
+        assert state["step"] == 0 and state["exp_avg"].abs().sum() == 0
+    assert scaler.get_scale() == 1.0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_finite_step_is_adamw_on_the_clipped_gradient():
+    model, _, _, before, norm, done = small_step(5.0)
+    torch.manual_seed(0)
+    other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    plain = torch.optim.AdamW(other.parameters(), lr=0.1)
+    (other(torch.randn(4, 3)) * 5.0).square().sum().backward()
+    torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+    plain.step()
+    assert done == 1 and norm > 1
+    for ours, theirs in zip(model.state_dict().values(), other.state_dict().values()):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_meter_means_leave_skipped_steps_out():
+    meter = runtime.Meter(["loss"], torch.device("cpu"))
+    for value, done in ((1.0, 1.0), (float("nan"), 0.0), (3.0, 1.0), (float("inf"), 0.0)):
+        meter.add([torch.tensor(value)], torch.tensor(done))
+    assert meter.skipped_in_a_row() == 1
+    assert meter.read() == {"loss": 2.0, "skipped": 2}
+    meter.add([torch.tensor(float("nan"))], torch.tensor(0.0))
+    assert meter.skipped_in_a_row() == 2
+    assert meter.read() == {"loss": 0.0, "skipped": 1}
+    meter.add([torch.tensor(5.0)], torch.tensor(1.0))
+    assert meter.skipped_in_a_row() == 0 and meter.read() == {"loss": 5.0, "skipped": 0}
+
+
+def test_many_skips_in_a_row_stop_the_run_and_name_the_audio():
+    meter = runtime.Meter([], torch.device("cpu"))
+    meter.state[-1] = runtime.TOO_MANY_SKIPS - 1
+    runtime.stop_if_diverged(meter, ["a.wav"])
+    meter.state[-1] = runtime.TOO_MANY_SKIPS
+    with pytest.raises(runtime.UserError, match="a.wav"):
+        runtime.stop_if_diverged(meter, ["a.wav"])
+
+
+def test_log_is_cut_back_to_what_the_checkpoint_vouches_for(tmp_path):
+    log = runtime.Log(tmp_path, ALONE)
+    log.write(1, loss=1.0)
+    size = log.size()
+    log.write(2, loss=2.0)
+    log = runtime.Log(tmp_path, ALONE, size)
+    assert log.size() == size
+    log.write(2, loss=2.5)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.5)]
+
+
+def test_seeds_of_steps_and_ranks_differ_and_repeat():
+    def draw(*stream):
+        runtime.seed_everything(*stream)
+        return torch.rand(1).item()
+
+    seen = [draw(0, step, rank) for step in range(3) for rank in range(2)]
+    assert len(set(seen)) == 6 and draw(0, 1, 1) == seen[3] and draw(1, 1, 1) != seen[3]
+
+
+def test_fp16_without_a_gpu_is_refused():
+    with pytest.raises(runtime.UserError, match="bf16"):
+        runtime.check_precision("fp16", torch.device("cpu"))
