@@ -29,7 +29,7 @@ def audio_seconds(path: str | Path) -> float:
     """Length in seconds, read from the file's header. Raises AudioError."""
     try:
         info = soundfile.info(path)
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as error:
         raise AudioError(f"{path}: not readable as audio ({_reason(error)})") from None
     if info.frames <= 0 or info.samplerate <= 0:
         raise AudioError(f"{path}: holds no audio samples")
@@ -45,12 +45,14 @@ def read_audio(path: str | Path, offset: float = 0.0, seconds: float | None = No
     """
     try:
         with soundfile.SoundFile(path) as file:
-            if offset:
-                file.seek(min(round(offset * file.samplerate), file.frames))
-            frames = -1 if seconds is None else round(seconds * file.samplerate)
-            samples = file.read(frames, dtype="float32", always_2d=True)
             rate = file.samplerate
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+            first = min(round(offset * rate), file.frames)
+            lead = min(first, rate) if file.format == "MP3" else 0  # its frames need earlier ones
+            if first:
+                file.seek(first - lead)
+            frames = -1 if seconds is None else lead + round(seconds * rate)
+            samples = file.read(frames, dtype="float32", always_2d=True)[lead:]
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as error:
         raise AudioError(f"{path}: not readable as audio ({_reason(error)})") from None
     if len(samples) == 0:
         raise AudioError(f"{path}: holds no audio samples")
@@ -95,7 +97,7 @@ class LogMel(nn.Module):
         with torch.autocast(waveforms.device.type, enabled=False):
             x = waveforms.float()
             x = torch.cat([x[:, :1], x[:, 1:] - PRE_EMPHASIS * x[:, :-1]], dim=1)
-            x = x * length_mask(n_samples, x.shape[1])
+            x = x.masked_fill(~length_mask(n_samples, x.shape[1]), 0.0)  # also NaN
             spectrum = torch.stft(
                 x, N_FFT, HOP, WINDOW, self.window, pad_mode="constant", return_complex=True
             )  # (B, 257, T), centred on multiples of the hop

@@ -14,6 +14,9 @@ CHARACTERS_BELOW = 100  # words of training text per unit under which units are 
 
 _APOSTROPHES = str.maketrans({c: "'" for c in "\u2018\u2019\u02bc\u0060\u00b4\uff07"})
 
+_INVISIBLE = {"\u034f", "\u180b", "\u180c", "\u180d", "\u180f"}  # marks that show nothing
+_INVISIBLE |= {chr(c) for c in (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))}  # variants
+
 
 def normalize(text: str) -> str:
     """The `basic` normalisation: one spelling for what sounds the same, nothing language-specific.
@@ -23,15 +26,16 @@ def normalize(text: str) -> str:
     digits of any script stay; an apostrophe stays inside or at the edge of a word.
     """
     text = text.translate(_APOSTROPHES)  # before NFKC, which splits the acute accent
-    text = unicodedata.normalize("NFKC", text).lower()
-    kept = []
+    text = unicodedata.normalize("NFKC", text).translate(_APOSTROPHES).lower()
+    kept = [" "]
     for char in unicodedata.normalize("NFC", text):
         category = unicodedata.category(char)
-        if char == "'" or category[0] in "LMN":
-            kept.append(char)
-        elif category != "Cf":  # zero-width joiners, direction marks: dropped without a gap
-            kept.append(" ")
-    words = "".join(kept).split()
+        if category == "Cf" or char in _INVISIBLE:  # dropped without a gap
+            continue
+        if category[0] == "M" and kept[-1] in " '":  # an accent on nothing
+            continue
+        kept.append(char if char == "'" or category[0] in "LMN" else " ")
+    words = unicodedata.normalize("NFC", "".join(kept)).split()
     return " ".join(word for word in words if word.strip("'"))
 
 
@@ -67,7 +71,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> tuple[Tokenizer, str]:
     n_words = sum(len(re.findall(r"\S+", text)) for text in texts)
     if n_words == 0:
         raise ValueError("there is no text to make units from")
-    characters = n_words < CHARACTERS_BELOW * vocab_size
+    alphabet = len(set("".join(texts)))
+    characters = n_words < CHARACTERS_BELOW * vocab_size or alphabet + 2 > vocab_size
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -77,6 +82,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> tuple[Tokenizer, str]:
         hard_vocab_limit=False,
         use_all_vocab=characters,
         character_coverage=1.0,
+        max_sentence_length=1 << 30,  # bytes; a longer text would be left out
         normalization_rule_name="identity",  # normalize() has done it
         add_dummy_prefix=not characters,  # a leading space costs characters a frame
         bos_id=-1,

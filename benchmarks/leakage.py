@@ -1,0 +1,143 @@
+"""How much of a demographic column can be read off stage-1 embeddings of unseen speakers?
+
+    python benchmarks/leakage.py --corpus data/demo --seeds 0 1 2 --runs \\
+        "simclr: --balance_param 0" "fsc 0.1: --independent_space --balance_param 0.1"
+
+Trains stage 1 once for each run and seed (a run that is there already is not repeated), embeds the
+train and test manifests (mean of the encoder's frames), fits a linear probe on the train speakers
+and reports its balanced accuracy on the test speakers; chance is 1 / number of groups. Beside it:
+the same probe on the encoder before any training, and on embeddings from which the span of the
+train groups' mean differences was projected out (a linear erasure, after training).
+
+Prints a Markdown table: mean over seeds, each seed's value, and the paired difference to the first
+run. Needs scikit-learn.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fairasr_min import checkpoint, data  # noqa: E402
+from fairasr_min.model import FairASR, masked_mean  # noqa: E402
+from fairasr_min.runtime import seed_everything  # noqa: E402
+
+
+@torch.no_grad()
+def embed(model: FairASR, utterances: list, batch_size: int = 64) -> np.ndarray:
+    """Utterance embeddings (N, D): the masked mean over time of the encoder's output."""
+    model.eval()
+    dataset = data.SpeechDataset(utterances)
+    batches = data.Batches([u.seconds for u in utterances], batch_size, seed=0)
+    out = np.empty((len(utterances), model.encoder.config.d_model), dtype=np.float32)
+    for batch in data.stream(dataset, batches, 0, len(batches)):
+        h, lengths = model.encoder(*model.log_mel(batch.waveforms, batch.n_samples))
+        out[batch.index] = masked_mean(h, lengths).numpy()
+    return out
+
+
+def probe(train: tuple, test: tuple) -> float:
+    """Balanced accuracy on test of a logistic regression fitted on train."""
+    linear = make_pipeline(
+        StandardScaler(), LogisticRegression(class_weight="balanced", C=1.0, max_iter=2000)
+    )
+    return balanced_accuracy_score(test[1], linear.fit(*train).predict(test[0]))
+
+
+def erase(train: tuple, test: tuple) -> tuple:
+    """Project the span of the train groups' mean differences out of both sets."""
+    x, y = train
+    x = (x - x.mean(0)) / x.std(0)
+    means = np.stack([x[y == group].mean(0) for group in np.unique(y)])
+    directions = np.linalg.svd(means - means.mean(0), full_matrices=False)[2][: len(means) - 1]
+    x_test = (test[0] - train[0].mean(0)) / train[0].std(0)
+    return (x - x @ directions.T @ directions, y), (
+        x_test - x_test @ directions.T @ directions,
+        test[1],
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpus", default="data/demo", help="folder with train.jsonl, test.jsonl")
+    parser.add_argument("--label", default="ethnicity")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", nargs="+", required=True, metavar='"NAME: ARGUMENTS"')
+    parser.add_argument("--out", default="runs/leakage")
+    args = parser.parse_args()
+
+    sets = []
+    for name in ("train", "test"):
+        path = Path(args.corpus) / f"{name}.jsonl"
+        rows = data.settle(path, *data.read_manifest(path, text="unused"))
+        rows = [u for u in rows if data.label_of(u.row, args.label)]
+        sets.append((rows, np.array([data.label_of(u.row, args.label) for u in rows])))
+    (train, y_train), (test, y_test) = sets
+    classes = len(np.unique(y_train))
+
+    def measure(model):
+        pair = (embed(model, train), y_train), (embed(model, test), y_test)
+        return probe(*pair), probe(*erase(*pair))
+
+    rows = []
+    for run in args.runs:
+        name, _, arguments = run.partition(":")
+        scores = []
+        for seed in args.seeds:
+            out = Path(args.out) / f"{name.strip().replace(' ', '_')}-{seed}"
+            command = [
+                sys.executable,
+                str(ROOT / "train.py"),
+                "--out",
+                str(out),
+                "--seed",
+                str(seed),
+            ]
+            command += ["--manifest", str(Path(args.corpus) / "train.jsonl"), "--label", args.label]
+            subprocess.run(command + shlex.split(arguments), check=True, stdout=subprocess.DEVNULL)
+            payload = checkpoint.load_model_file(out / "pretrained.pt")
+            model = FairASR(payload["config"], 0, False)
+            checkpoint.load_weights(model, payload, out, ("encoder", "log_mel"))
+            scores.append(measure(model))
+            print(
+                f"{name} seed {seed}: {scores[-1][0]:.3f}, erased {scores[-1][1]:.3f}", flush=True
+            )
+        rows.append((name, np.array(scores)))
+    config = payload["config"]
+    scores = []
+    for seed in args.seeds:
+        seed_everything(seed)
+        scores.append(measure(FairASR(config, 0, False)))
+    rows.append(("untrained encoder", np.array(scores)))
+
+    print(f"\nlinear probe for {args.label}, {len(test)} utterances of unseen speakers, ", end="")
+    print(f"chance {1 / classes:.3f}\n")
+    print("| run | balanced accuracy | each seed | minus first run (sd) | after linear erasure |")
+    print("|---|---:|---|---:|---:|")
+    first = rows[0][1][:, 0]
+    for name, scores in rows:
+        each = ", ".join(f"{s:.3f}" for s in scores[:, 0])
+        change = scores[:, 0] - first
+        spread = change.std(ddof=1) if len(change) > 1 else float("nan")
+        difference = "" if name == rows[0][0] else f"{change.mean():+.3f} ({spread:.3f})"
+        print(
+            f"| {name} | {scores[:, 0].mean():.3f} | {each} | {difference} "
+            f"| {scores[:, 1].mean():.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

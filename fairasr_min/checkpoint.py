@@ -1,0 +1,222 @@
+"""Files: model files that others read, and checkpoints from which a run goes on.
+
+Everything is plain data, loaded with weights_only=True: a file from a stranger runs no code.
+Everything is written beside its place and moved there when complete: a kill leaves the last one.
+"""
+
+import json
+import os
+import pickle
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fairasr_min.conformer import ConformerConfig
+from fairasr_min.model import ConformerCTC
+from fairasr_min.text import NORMALIZATION, Tokenizer
+
+FORMAT = 1
+MAY_DIFFER = {"out", "device", "max_steps", "num_workers", "resume_ckpt"}  # when resuming
+OURS = ("pretrained.pt", "model.pt", "checkpoint.pt", "previous.pt", "log.jsonl")
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read, written or used; the message says which, why, and what to do."""
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def save(path: str | Path, payload: dict) -> None:
+    """Write a file whole or not at all. Raises CheckpointError, e.g. on a full disk."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written ({error}); nothing was lost") from None
+
+
+def load(path: str | Path) -> dict:
+    """A file written by save(), tensors on the CPU. Raises CheckpointError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise CheckpointError(f"{path}: damaged, or not a PyTorch file ({reason})") from None
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a file of this project (format {FORMAT})")
+    return payload
+
+
+# ---- model files ---------------------------------------------------------------------------------
+
+
+def save_model(
+    path: str | Path,
+    kind: str,
+    config: ConformerConfig,
+    weights: dict[str, torch.Tensor],
+    tokenizer: bytes | None,
+    arguments: dict,
+    **about,
+) -> None:
+    """kind "encoder" (stage 1: encoder and front end, and the CTC head and tokenizer of the
+    recogniser it was started from, if any) or "ctc" (stage 2: the whole recogniser).
+
+    about: label columns and their values, commit, corpus, ... as plain data.
+    """
+    save(
+        path,
+        {
+            "format": FORMAT,
+            "kind": kind,
+            "config": asdict(config),
+            "weights": {name: w.detach().cpu() for name, w in weights.items()},
+            "tokenizer": tokenizer,
+            "normalization": NORMALIZATION,
+            "arguments": arguments,
+            **about,
+        },
+    )
+
+
+def load_model_file(path: str | Path) -> dict:
+    """A model file, checked: config is a ConformerConfig. Raises CheckpointError."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file")
+    payload = load(path)
+    if payload.get("kind") not in ("encoder", "ctc"):
+        raise CheckpointError(f"{path}: kind {payload.get('kind')!r} is no model file")
+    try:
+        payload["config"] = ConformerConfig(**payload["config"])
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: made by another version ({error})") from None
+    return payload
+
+
+def load_weights(model: torch.nn.Module, payload: dict, path: str | Path, parts: tuple) -> None:
+    """Copy the named parts ("encoder", "log_mel", "decoder") of a model file into a model.
+
+    Raises CheckpointError if names or shapes do not all fit.
+    """
+    for part in parts:
+        prefix = f"{part}."
+        weights = {
+            k[len(prefix) :]: w for k, w in payload["weights"].items() if k.startswith(prefix)
+        }
+        try:
+            getattr(model, part).load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{path}: weights do not fit ({reason})") from None
+
+
+def load_model(source: str | Path) -> ConformerCTC:
+    """A recogniser ready to transcribe (eval mode, CPU) from a stage-2 model file.
+
+    Raises CheckpointError; for a stage-1 file, saying what to run.
+    """
+    payload = load_model_file(source)
+    if payload["kind"] != "ctc":
+        raise CheckpointError(
+            f"{source}: an encoder without a CTC head (stage 1); "
+            f"first run: python finetune.py --init {source}"
+        )
+    model = ConformerCTC(payload["config"], Tokenizer(payload["tokenizer"]))
+    load_weights(model, payload, source, ("encoder", "log_mel", "decoder"))
+    return model.eval()
+
+
+# ---- resuming ------------------------------------------------------------------------------------
+
+
+def save_state(folder: Path, state: dict) -> None:
+    """checkpoint.pt, keeping the one before as previous.pt."""
+    current = folder / "checkpoint.pt"
+    fresh = folder / ".checkpoint.fresh"
+    save(fresh, {"format": FORMAT, "kind": "state", **state})
+    if current.exists():
+        os.replace(current, folder / "previous.pt")
+    os.replace(fresh, current)
+
+
+def load_state(path: str | Path) -> dict:
+    """The full state of a run. Raises CheckpointError."""
+    payload = load(path)
+    if payload.get("kind") != "state":
+        raise CheckpointError(f"{path}: a model file, not the state of a run; use --init for it")
+    return payload
+
+
+def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dict | None:
+    """The state that a run in `folder` goes on from, or None for a new run. Writes nothing.
+
+    Raises CheckpointError if the folder holds a run with other arguments, or files of a run whose
+    arguments are not known, or if its checkpoints are all damaged.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"--out {folder} is a file; name a folder")
+    try:
+        before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = [name for name in OURS if (folder / name).exists()]
+        if found:
+            raise CheckpointError(
+                f"{folder} holds {found[0]} of a run without its args.json; use another --out"
+            ) from None
+        return load_state(resume_ckpt) if resume_ckpt else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}/args.json: {error}; use another --out") from None
+    now = json.loads(json.dumps(arguments))
+    differ = [
+        f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now"
+        for name in sorted({*before, *now} - MAY_DIFFER)
+        if before.get(name) != now.get(name)
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{folder} holds a run with other arguments:\n"
+            + "\n".join(differ)
+            + f"\nGive the same to go on with it, or another --out, or delete {folder}"
+        )
+    if resume_ckpt:
+        return load_state(resume_ckpt)
+    problems = []
+    for name in ("checkpoint.pt", "previous.pt"):
+        try:
+            state = load_state(folder / name)
+        except CheckpointError as error:
+            if (folder / name).exists():
+                problems.append(str(error))
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; going on from {folder / name}", file=sys.stderr)
+        return state
+    if problems:
+        raise CheckpointError("\n".join(problems) + f"\nDelete {folder} to start anew")
+    return None
+
+
+def start(folder: Path, arguments: dict) -> None:
+    """Make the folder of a new run and write down its arguments. Raises CheckpointError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(arguments, indent=2) + "\n"
+        unfinished = folder / ".args.json.unfinished"
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, folder / "args.json")
+    except OSError as error:
+        raise CheckpointError(f"--out {folder}: {error}") from None

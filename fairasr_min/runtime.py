@@ -1,0 +1,348 @@
+"""What every run needs around its loop: processes, precision, learning rate, log, signals.
+
+One process is the same path as many: torchrun only sets environment variables.
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+from tqdm import tqdm
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # optional
+    SummaryWriter = None
+
+LOG_EVERY = 10  # steps between two lines of log.jsonl
+TOO_MANY_SKIPS = 10  # non-finite steps in a row that end a run
+NEVER = 2**31 - 1  # growth interval of a loss scale that stays 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class UserError(Exception):
+    """A mistake of the user's: printed as it is, without a traceback."""
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, message: str) -> None:
+        """Print on the first process only."""
+        if self.main:
+            print(message, flush=True)
+
+
+def setup(device: str = "auto") -> World:
+    """This process's place: alone, or one of torchrun's (NCCL on GPUs, gloo on CPUs)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to PyTorch; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        _keep_memory()
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return World(0, 1, torch.device(device))
+    if device == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local)
+        where = torch.device("cuda", local)
+    else:
+        where = torch.device("cpu")
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return World(dist.get_rank(), dist.get_world_size(), where)
+
+
+def _keep_memory() -> None:
+    """Keep freed memory for the next step. glibc returns large blocks to the system and faults
+    them in again, page by page: a quarter of the time of a training step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for option, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):  # trim, top pad, mmap
+            mallopt(option, value)
+
+
+def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
+    """Call main() -> exit code; a user's mistake becomes its message and exit code 2."""
+    try:
+        code = main()
+    except (UserError, *mistakes) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+@contextmanager
+def first_process_first(world: World):
+    """What is inside runs on the first process, then on the others (a file is made only once)."""
+    if not world.main:
+        dist.barrier()
+    yield
+    if world.main and world.size > 1:
+        dist.barrier()
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """(B, ...) of each process -> (sum of B, ...), on every process, with gradient.
+
+    The processes may hold different numbers of rows. Each computes the same loss of the gathered
+    rows; the backward pass sums their gradients, and average_gradients() divides by their number.
+    """
+    if not dist.is_initialized():
+        return x
+    counts = [
+        torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())
+    ]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    counts = [int(count) for count in counts]
+    filler = x.new_zeros(max(counts) - len(x), *x.shape[1:])
+    parts = all_gather(torch.cat([x, filler]))
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, without gradient."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def average_gradients(model: torch.nn.Module) -> None:
+    """Replace every gradient by its mean over the processes, in one message."""
+    if not dist.is_initialized():
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(part.view_as(grad))
+
+
+# ---- the optimizer step --------------------------------------------------------------------------
+
+
+def seed_everything(seed: int, *stream: int) -> None:
+    """Seed torch from (seed, stream...), e.g. the step and the rank.
+
+    Seeding each step makes dropout a function of the step: a resumed run needs no saved generator.
+    """
+    state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state) >> 1)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+
+
+def autocast(precision: str, device: torch.device):
+    """fp32 leaves everything as it is; bf16 and fp16 run matrix products in half precision."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss for fp16. With scale 1 it serves fp32 and bf16 too, for its other half: it
+    skips a step with a non-finite gradient on the device, without asking the host."""
+    if precision == "fp16":
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=NEVER)
+
+
+def lr_at(step: int, steps: int, peak: float, warmup: float, floor: float) -> float:
+    """Learning rate of a step: linear warm-up over a fraction of the steps, cosine to the floor."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
+    progress = (step - rising) / max(1, steps - rising)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def update(model, optimizer, scaler, buffers_before, grad_clip: float) -> tuple:
+    """One optimizer step from the gradients at hand -> gradient norm and 1.0 if done, 0.0 if not.
+
+    A non-finite gradient (which a non-finite loss gives) skips the step: weights, optimizer and
+    buffers (BatchNorm's) stay as they were. Everything stays on the device.
+    """
+    average_gradients(model)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    done = norm.isfinite()
+    scaler.step(optimizer)
+    # a skipped step halves the scale of fp16, and leaves that of the others at 1
+    scaler.update(1.0 if scaler.get_growth_interval() == NEVER else None)
+    for buffer, before in zip(model.buffers(), buffers_before):
+        buffer.copy_(torch.where(done, buffer, before))
+    optimizer.zero_grad(set_to_none=True)
+    return norm, done.float()
+
+
+# ---- log, progress, signals ----------------------------------------------------------------------
+
+
+class Log:
+    """log.jsonl, and TensorBoard where it is installed. Silent on all processes but the first."""
+
+    def __init__(self, folder: Path, world: World, size: int = 0):
+        """size: bytes of the log that a checkpoint vouches for; what comes after is cut off."""
+        self.file = self.board = None
+        if world.main:
+            self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
+            self.file.truncate(size)
+            self.file.seek(size)
+            self.board = SummaryWriter(str(folder / "tensorboard")) if SummaryWriter else None
+
+    def write(self, step: int, **values) -> None:
+        if self.file:
+            line = {"step": step, **values, "time": round(time.time(), 3)}
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                if self.board and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+
+    def size(self) -> int:
+        """Bytes written so far, all of them on the disk."""
+        if self.file:
+            os.fsync(self.file.fileno())
+        return self.file.tell() if self.file else 0
+
+
+class Meter:
+    """Means of the losses between two log lines, kept on the device and saved with the run."""
+
+    def __init__(self, names: list[str], device, state: list[float] | None = None):
+        self.names = names
+        self.state = torch.tensor(state or [0.0] * (len(names) + 3), device=device)
+
+    @torch.no_grad()
+    def add(self, values: list, done: torch.Tensor) -> None:
+        """One step's values (scalars), or, if it was skipped (done 0), only that it was."""
+        row = torch.stack([torch.as_tensor(v, device=self.state.device).float() for v in values])
+        sums, counts = self.state[:-3], self.state[-3:]  # steps done, skipped, skipped in a row
+        sums += torch.where(done > 0, row, 0.0)
+        counts += torch.stack([done, 1 - done, 1 - done])
+        counts[2] *= 1 - done
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps and processes since the last read."""
+        sums = total(self.state[:-3]).tolist()
+        steps = max(1.0, total(self.state[-3]).item())
+        skipped = self.state[-2].item()
+        self.state[:-1] = 0.0
+        means = {name: value / steps for name, value in zip(self.names, sums)}
+        return {**means, "skipped": int(skipped)}
+
+    def skipped_in_a_row(self) -> int:
+        return int(self.state[-1].item())
+
+
+class Progress:
+    """A bar with losses, seconds of audio heard a second and time left; off the terminal, only the
+    lines given to line()."""
+
+    def __init__(self, name: str, first: int, last: int, world: World):
+        self.world, self.quiet = world, not (world.main and sys.stderr.isatty())
+        self.bar = tqdm(
+            desc=name, initial=first, total=last, unit=" steps", disable=self.quiet,
+            dynamic_ncols=True,
+        )  # fmt: skip
+        self.audio, self.began = 0.0, time.time()
+
+    def heard(self, n_samples: torch.Tensor, rate: int = 16_000) -> None:
+        self.audio += int(n_samples.sum()) / rate * self.world.size
+
+    def show(self, means: dict[str, float]) -> None:
+        speed = self.audio / (time.time() - self.began)
+        self.bar.set_postfix_str(f"{rounded(means)}, {speed:.0f} s/s", refresh=False)
+
+    def line(self, text: str) -> None:
+        if self.world.main:
+            speed = self.audio / (time.time() - self.began)
+            text = f"{text} [{speed:.0f} s of audio a second]"
+            print(text, flush=True) if self.quiet else self.bar.write(text)
+
+    def update(self) -> None:
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def rounded(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+class Stop:
+    """SIGINT and SIGTERM: finish the step, save, exit. A second one ends the program at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any process got, or 0; the same answer on all of them."""
+        if not dist.is_initialized():
+            return self.signal
+        flag = torch.tensor(self.signal, device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
+
+
+def stop_if_diverged(meter: Meter, names: list[str]) -> None:
+    """UserError once many steps in a row were skipped; names: the audio of the last batches."""
+    if (skipped := meter.skipped_in_a_row()) >= TOO_MANY_SKIPS:
+        raise UserError(
+            f"{skipped} steps in a row had a non-finite loss or gradient and were skipped; the "
+            f"last checkpoint is from before. A lower --lr may help. Last heard: {names[:8]}"
+        )
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+" if files differ from it; "unknown" outside of git."""
+    try:
+        here = Path(__file__).parent
+        git = ["git", "-C", str(here)]
+        name = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return name + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
