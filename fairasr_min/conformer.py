@@ -35,7 +35,7 @@ class ConformerConfig:
 SIZES = {
     # for the demo: what two CPU cores train in minutes; SpecAugment is its only regulariser
     "tiny": ConformerConfig(
-        d_model=96, n_layers=5, conv_kernel=15, subsampling_channels=32, dropout=0, dropout_att=0
+        d_model=96, n_layers=4, conv_kernel=15, subsampling_channels=32, dropout=0, dropout_att=0
     ),
     # NeMo's conformer_ctc small, medium and large
     "small": ConformerConfig(),

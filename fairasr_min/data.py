@@ -310,8 +310,12 @@ def drop_long(
 
 
 def fingerprint(manifest: str | Path) -> str:
-    """SHA-256 of the manifest file: a run is resumed on the rows it began with, or not at all."""
-    return hashlib.sha256(Path(manifest).read_bytes()).hexdigest()
+    """SHA-256 of the manifest file: a run is resumed on the rows it began with, or not at all.
+    Raises ManifestError."""
+    try:
+        return hashlib.sha256(Path(manifest).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ManifestError(f"{manifest}: cannot be read ({error.strerror})") from None
 
 
 def default_corpus(say: Callable[[str], None] = print) -> Path:

@@ -92,8 +92,8 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
     try:
         code = main()
     except (UserError, *mistakes) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        rank = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"error: {rank}{error}", file=sys.stderr, flush=True)
         code = 2
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -217,6 +217,7 @@ class Log:
         self.file = self.board = None
         if world.main:
             self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
+            size = min(size, self.file.tell())  # shorter when resumed from another folder's file
             self.file.truncate(size)
             self.file.seek(size)
             self.board = SummaryWriter(str(folder / "tensorboard")) if SummaryWriter else None

@@ -27,7 +27,13 @@ from fairasr_min.text import Tokenizer, ctc_collapse
 
 NEMO = Path(__file__).parent / "fixtures" / "nemo"
 SMALL = ConformerConfig(
-    d_model=24, n_layers=2, n_heads=3, conv_kernel=7, subsampling_channels=8, dropout=0, dropout_att=0
+    d_model=24,
+    n_layers=2,
+    n_heads=3,
+    conv_kernel=7,
+    subsampling_channels=8,
+    dropout=0,
+    dropout_att=0,
 )
 
 
@@ -96,9 +102,7 @@ def test_greedy_ids_and_texts_are_nemos(nemo):
 def test_ctc_loss_and_every_gradient_norm_are_nemos(nemo):
     model, waveforms, n_samples, expected, _ = nemo
     model.zero_grad()
-    targets, target_lengths = (
-        torch.from_numpy(expected[k]) for k in ("targets", "target_lengths")
-    )
+    targets, target_lengths = (torch.from_numpy(expected[k]) for k in ("targets", "target_lengths"))
     loss = ctc_loss(*model(waveforms, n_samples), targets, target_lengths).mean()
     assert loss.item() == pytest.approx(float(expected["eval_ctc_loss"]), rel=1e-5)
     loss.backward()

@@ -1,0 +1,162 @@
+"""Stage 3 of FairASR: word error rate by group.
+
+    python evaluate.py --by ethnicity
+
+Decodes the test manifest to a file (hyps.jsonl: the manifest's rows plus `pred_text`) and counts
+errors from that file's rows; another system's output in that form is audited by --predictions.
+
+    python evaluate.py --predictions hyps.jsonl --by ethnicity gender ethnicity+gender
+    python evaluate.py --audio a.wav b.mp3
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fairasr_min import checkpoint, data, report, runtime, wer
+from fairasr_min.audio import AudioError, read_audio
+from fairasr_min.decode import decode
+from fairasr_min.text import NORMALIZATION, normalize
+
+MODEL = "runs/finetune/model.pt"
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    # fmt: off
+    add("--manifest", metavar="FILE",
+        help="what to transcribe (test.jsonl beside the model's training manifest)")
+    add("--model", default=MODEL, metavar="X", help="(%(default)s)")
+    add("--predictions", metavar="FILE",
+        help="JSON lines with `text` and `pred_text`, instead of a model and a manifest")
+    add("--audio", nargs="+", metavar="FILE", help="only print what is said in these files")
+    add("--by", nargs="+", default=[], metavar="COL",
+        help="group columns, one table each; a+b crosses two")
+    add("--out", default="runs/evaluate", metavar="DIR",
+        help="for hyps.jsonl, report.json, report.md (%(default)s)")
+    add("--audio_root", metavar="DIR",
+        help="where the audio lies, if not where the manifest says")
+    add("--max_bad", type=int, default=0, metavar="N",
+        help="go on without up to this many bad rows (%(default)s)")
+    add("--batch_size", type=int, default=32, metavar="N",
+        help="utterances a process; the texts do not depend on it (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="recorded; nothing here is random yet")
+    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
+        help="of matrix products (%(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--num_workers", type=int, default=0, metavar="N",
+        help="processes that read audio ahead (%(default)s)")
+    # fmt: on
+    return p
+
+
+def load_model(args):
+    if args.model == MODEL and not Path(MODEL).exists():
+        raise runtime.UserError(
+            f"{MODEL} is not there: run python finetune.py first, or name another with --model"
+        )
+    return checkpoint.load_model(args.model)
+
+
+def transcribe(args, world) -> tuple[list[dict], dict]:
+    """The manifest's rows with `pred_text`, and what made them."""
+    model = load_model(args).to(world.device)
+    about = checkpoint.load_model_file(args.model)
+    trained = about["arguments"]
+    if args.manifest is None:
+        args.manifest = str(Path(trained["train_manifest"]).parent / "test.jsonl")
+        args.audio_root = args.audio_root or trained["audio_root"]
+    utterances, bad = data.read_manifest(args.manifest, args.audio_root, "optional", world.main)
+    utterances = data.settle(args.manifest, utterances, bad, args.max_bad, world.say)
+    data.require_columns(args.manifest, [u.row for u in utterances], args.by)
+    hours = sum(u.seconds for u in utterances) / 3600
+    world.say(f"transcribing {args.manifest}: {len(utterances):,} utterances, {hours:.2f} h")
+    texts = decode(model, utterances, world, args.batch_size, args.precision, args.num_workers)
+    rows = [{**u.row, "pred_text": text} for u, text in zip(utterances, texts)]
+    return rows, {
+        "manifest": args.manifest,
+        "model": args.model,
+        "model_commit": about["commit"],
+        "precision": args.precision,
+        "trained_on": trained["train_manifest"],
+        "bad_rows_left_out": len(bad),
+    }
+
+
+def read_predictions(args) -> tuple[list[dict], dict]:
+    """Rows of another system's output. Raises ManifestError."""
+    rows = []
+    try:
+        lines = Path(args.predictions).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise data.ManifestError(f"{args.predictions}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not (isinstance(row["text"], str) and isinstance(row["pred_text"], str)):
+                raise TypeError("text and pred_text must be strings")
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"missing {error}" if isinstance(error, KeyError) else error
+            raise data.ManifestError(f"{args.predictions}:{number}: {reason}") from None
+        rows.append(row)
+    if not rows:
+        raise data.ManifestError(f"{args.predictions}: holds no rows")
+    data.require_columns(args.predictions, rows, args.by)
+    return rows, {"manifest": args.predictions, "model": "see the predictions file"}
+
+
+def main() -> int:
+    args = arguments().parse_args()
+    world = runtime.setup(args.device)
+    runtime.check_precision(args.precision, world.device)
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise runtime.UserError(f"--out {out} is a file; name a folder")
+
+    if args.audio:
+        model = load_model(args).to(world.device)
+        for path in args.audio:
+            text = model.transcribe([read_audio(path)])[0]
+            world.say(text if len(args.audio) == 1 else f"{path}: {text}")
+        return 0
+
+    rows, about = read_predictions(args) if args.predictions else transcribe(args, world)
+    if not world.main:
+        return 0
+
+    errors = [wer.count_errors(normalize(r["text"]), normalize(r["pred_text"])) for r in rows]
+    groups = {column: [data.label_of(r, column) for r in rows] for column in args.by}
+    about |= {
+        "synthetic": any(r.get("synthetic") for r in rows),
+        "normalization": NORMALIZATION,
+        "empty_references": sum(e.words == 0 for e in errors),
+        "commit": runtime.commit(),
+        "command": " ".join(sys.argv),
+    }
+    result = report.make_report(errors, groups, about)
+    out.mkdir(parents=True, exist_ok=True)
+    written = {
+        "hyps.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        "report.json": json.dumps(result, indent=2, ensure_ascii=False) + "\n",
+        "report.md": report.to_markdown(result),
+    }
+    if args.predictions:
+        del written["hyps.jsonl"]  # it is the input
+    for name, content in written.items():
+        (out / name).write_text(content, encoding="utf-8")
+    print(report.to_text(result))
+    print("\nwritten: " + ", ".join(str(out / name) for name in written))
+    if not args.by:
+        columns = ", ".join(data.group_columns(rows)) or "none"
+        print(f"next: python evaluate.py --by COLUMN; columns that look like groups: {columns}")
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run(main, (data.ManifestError, AudioError, checkpoint.CheckpointError))

@@ -1,0 +1,333 @@
+"""Stage 2 of FairASR: a speech recogniser from the pretrained encoder.
+
+    python finetune.py
+
+The encoder of stage 1 and one linear layer learn to transcribe with CTC (Graves et al., 2006):
+
+    waveform -> log-mel -> SpecAugment -> Conformer -> Linear -> log-softmax -> CTC(text)
+
+The best checkpoint is chosen on the dev manifest, by its word error rate or by that of its worst
+group; the test manifest is never looked at. Writes runs/finetune/model.pt for evaluate.py.
+"""
+
+import argparse
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from fairasr_min import checkpoint, data, losses, runtime, wer
+from fairasr_min.audio import AudioError, SpecAugment
+from fairasr_min.conformer import SIZES
+from fairasr_min.decode import decode
+from fairasr_min.model import ConformerCTC, samples_to_frames
+from fairasr_min.text import Tokenizer, train_tokenizer
+
+PRETRAINED = "runs/pretrain/pretrained.pt"
+
+# The defaults of the arguments are the paper's. On the demo corpus these replace them:
+DEMO = dict(epochs=9, batch_size=16, lr=3e-3, min_lr=3e-5)  # and size tiny
+
+# Masks as NeMo trains its Conformers: five of up to 5 % of the time, two of up to 27 mel bins.
+# Size tiny underfits with so many (a point of WER on the demo), and gets fewer.
+AUGMENT = SpecAugment(time_masks=5, time_width=0.05, freq_masks=2, freq_width=27)
+AUGMENT_TINY = SpecAugment(time_masks=2, time_width=0.05, freq_masks=2, freq_width=15)
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    # fmt: off
+    # data
+    add("--train_manifest", metavar="FILE",
+        help="(that of stage 1; with --init none: Fair-Speech if prepared, else the demo)")
+    add("--dev_manifest", metavar="FILE",
+        help="chooses the checkpoint (dev.jsonl beside the training manifest)")
+    add("--audio_root", metavar="DIR",
+        help="where the audio lies, if not where the manifest says")
+    add("--max_seconds", type=float, default=17.5, metavar="F",
+        help="leave out longer training utterances, counted by group (%(default)s)")
+    add("--max_bad", type=int, default=0, metavar="N",
+        help="go on without up to this many bad rows (%(default)s)")
+    add("--vocab_size", type=int, default=256, metavar="N",
+        help="sentencepiece units from the training text; characters if it is small (%(default)s)")
+    # choosing the checkpoint
+    add("--select", choices=["mean", "worst"], default="mean",
+        help="by dev WER over all, or by that of the worst group of --by (%(default)s)")
+    add("--by", metavar="COL", help="group column for --select worst, and shown while training")
+    add("--patience", type=int, default=0, metavar="N",
+        help="stop after N epochs without a better one; 0: never (%(default)s)")
+    # model and training
+    add("--init", default=PRETRAINED, metavar="X",
+        help="model file to start from, which fixes size (and units, if it has a CTC head); "
+             "none: from scratch (%(default)s)")
+    add("--size", choices=list(SIZES),
+        help="of the encoder, from scratch (small; demo: tiny)")
+    add("--epochs", type=int, default=50, metavar="N",
+        help="(50; demo: %d)" % DEMO["epochs"])
+    add("--max_steps", type=int, metavar="N",
+        help="stop early after N steps; the learning rate still follows --epochs")
+    add("--batch_size", type=int, default=32, metavar="N",
+        help="utterances a process (32; demo: %d)" % DEMO["batch_size"])
+    add("--batch_seconds", type=float, metavar="F",
+        help="instead of --batch_size: about so many seconds of audio a process")
+    add("--grad_accum", type=int, default=1, metavar="N",
+        help="batches a step (%(default)s)")
+    add("--lr", type=float, default=1e-4, metavar="F",
+        help="peak learning rate (1e-4; demo: %g)" % DEMO["lr"])
+    add("--min_lr", type=float, default=1e-5, metavar="F",
+        help="where its cosine ends (1e-5; demo: %g)" % DEMO["min_lr"])
+    add("--warmup", type=float, default=0.05, metavar="F",
+        help="fraction of the steps in which it rises (%(default)s)")
+    add("--grad_clip", type=float, default=1.0, metavar="F",
+        help="largest gradient norm (%(default)s)")
+    # running
+    add("--out", default="runs/finetune", metavar="DIR",
+        help="the same command again goes on where it was (%(default)s)")
+    add("--resume_ckpt", metavar="FILE",
+        help="go on from this checkpoint.pt instead of the one in --out")
+    add("--save_every", type=int, default=500, metavar="N",
+        help="steps between checkpoints, besides one an epoch (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
+        help="of matrix products; loss and features stay fp32 (%(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--num_workers", type=int, default=0, metavar="N",
+        help="processes that read audio ahead; 4 or more feed a GPU (%(default)s)")
+    # fmt: on
+    return p
+
+
+def main() -> int:
+    parser = arguments()
+    args = parser.parse_args()
+    world = runtime.setup(args.device)
+    runtime.check_precision(args.precision, world.device)
+    if args.select == "worst" and not args.by:
+        raise runtime.UserError("--select worst needs --by COL: the worst group of which column?")
+
+    # ---- arguments that depend on the corpus or on the model to start from
+    initial = None
+    if args.init != "none":
+        if not Path(args.init).exists():
+            raise runtime.UserError(
+                f"{args.init} is not there: run stage 1 first (python train.py "
+                "--independent_space --balance_param 0.1), or give --init none to do without"
+            )
+        initial = checkpoint.load_model_file(args.init)
+        before = initial["arguments"]
+        if args.train_manifest is None:
+            parser.set_defaults(
+                train_manifest=before.get("train_manifest") or before.get("manifest"),
+                dev_manifest=before.get("dev_manifest"),
+                audio_root=before.get("audio_root"),
+            )
+    elif args.train_manifest is None:
+        with runtime.first_process_first(world):
+            corpus = data.default_corpus(world.say)
+        parser.set_defaults(train_manifest=str(corpus / "train.jsonl"))
+    args = parser.parse_args()
+    demo = data.is_demo(args.train_manifest)
+    if demo:
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args()
+    if args.dev_manifest is None:
+        args.dev_manifest = str(Path(args.train_manifest).parent / "dev.jsonl")
+    if initial:
+        if args.size and SIZES[args.size] != initial["config"]:
+            raise runtime.UserError(f"--size {args.size} is not the size of {args.init}; drop it")
+    else:
+        args.size = args.size or ("tiny" if demo else "small")
+    out = Path(args.out)
+    record = {
+        **vars(args),
+        "processes": world.size,
+        "manifest_sha256": data.fingerprint(args.train_manifest),
+        "dev_sha256": data.fingerprint(args.dev_manifest),
+    }
+    state = checkpoint.resume(out, record, args.resume_ckpt)
+
+    # ---- data: every row is checked before anything is computed
+    utterances, bad = data.read_manifest(
+        args.train_manifest, args.audio_root, "required", world.main
+    )
+    if initial and initial["tokenizer"]:
+        tokenizer, units = Tokenizer(initial["tokenizer"]), f"those of {args.init}"
+    else:
+        tokenizer, units = train_tokenizer([u.text for u in utterances], args.vocab_size)
+    bad += data.check_targets(utterances, tokenizer.encode, samples_to_frames)
+    utterances = data.settle(args.train_manifest, utterances, bad, args.max_bad, world.say)
+    utterances = data.drop_long(utterances, args.max_seconds, world.say)
+    config = initial["config"] if initial else SIZES[args.size]
+    augment = AUGMENT_TINY if config == SIZES["tiny"] else AUGMENT
+    train_set = data.SpeechDataset(
+        utterances, args.seed, tokenizer=tokenizer, n_draws=augment.n_draws
+    )
+    batches = data.Batches(
+        [u.seconds for u in utterances], args.batch_size, args.seed, world.size, args.batch_seconds
+    )
+    dev, bad = data.read_manifest(args.dev_manifest, args.audio_root, "required", world.main)
+    dev = data.settle(args.dev_manifest, dev, bad, args.max_bad, world.say)
+    if args.by:
+        data.require_columns(args.dev_manifest, [u.row for u in dev], [args.by])
+    synthetic = data.is_synthetic(utterances)
+    steps = max(1, args.epochs * len(batches) // args.grad_accum)
+    last = steps if args.max_steps is None else min(steps, args.max_steps)
+
+    # ---- model
+    runtime.seed_everything(args.seed)
+    model = ConformerCTC(config, tokenizer)
+    if initial:
+        head = ("decoder",) if "decoder.weight" in initial["weights"] else ()
+        checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel", *head))
+    model.to(world.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
+    scaler = runtime.grad_scaler(args.precision, world.device)
+    meter = runtime.Meter(["ctc", "grad_norm"], world.device)
+    first, best, since_best = 0, None, 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        meter.state.copy_(torch.tensor(state["meter"]))
+        first, best, since_best = state["step"], state["best"], state["since_best"]
+    finished = first >= last or bool(args.patience and since_best >= args.patience)
+
+    def compute(batch):
+        """CTC loss in nats, the mean over the utterances of all processes' batches."""
+        features, n_frames = model.log_mel(batch.waveforms, batch.n_samples)  # (B, T, F), (B,)
+        features = augment(features, n_frames, batch.draws)
+        with runtime.autocast(args.precision, world.device):
+            log_probs, lengths = model.log_probs(features, n_frames)  # (B, T', V+1) float32
+        loss = losses.ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)  # (B,)
+        n = runtime.total(torch.tensor(len(loss), device=world.device))
+        return loss.sum() * world.size / n  # averaging the gradients divides by the processes
+
+    def watch_dev():
+        """Dev WER, that of the worst group of --by, and one line to look at."""
+        texts = decode(model, dev, world, args.batch_size, args.precision, args.num_workers)
+        errors = [wer.count_errors(u.text, text) for u, text in zip(dev, texts)]
+        seen = {"dev_wer": wer.add(errors).wer, "dev_empty": texts.count("") / len(texts)}
+        if args.by:
+            groups = wer.by_group(errors, [data.label_of(u.row, args.by) for u in dev])
+            seen["dev_worst"] = max(e.wer for g, e in groups.items() if g is not None)
+        return seen, f"{dev[0].text!r} heard as {texts[0]!r}"
+
+    # ---- what will happen
+    hours = sum(u.seconds for u in utterances) / 3600
+    world.say(
+        f"stage 2: {args.train_manifest}{' (SYNTHETIC)' if synthetic else ''}, "
+        f"{len(utterances):,} utterances, {hours:.2f} h; units: {units}\n"
+        f"  {sum(p.numel() for p in model.parameters()):,} parameters, encoder from "
+        f"{args.init if initial else f'scratch, size {args.size}'}; {last} steps, "
+        f"{world.size} process(es) on {world.device.type}, {args.precision}"
+    )
+    world.say("  " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
+    result = out / "model.pt"
+
+    def finish():
+        which = "worst-group " if args.select == "worst" else ""
+        chosen = "" if best is None else f" (best {which}dev WER {100 * best:.2f} %)"
+        model_flag = "" if args.out == "runs/finetune" else f" --model {result}"
+        world.say(
+            f"stage 2 done: {result}{chosen}\n"
+            f"next: python evaluate.py --by {args.by or 'ethnicity'}{model_flag}"
+        )
+        return 0
+
+    if finished and result.exists():
+        world.say(f"  finished before, at step {first}")
+        return finish()
+    if first:
+        world.say(f"  going on from step {first}")
+    if world.main:
+        checkpoint.start(out, record)
+    log = runtime.Log(out, world, state["log_size"] if state else 0)
+    stop = runtime.Stop()
+
+    def save(step):
+        size = log.size()
+        if world.main:
+            checkpoint.save_state(out, {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "meter": meter.state.tolist(),
+                "best": best,
+                "since_best": since_best,
+                "log_size": size,
+            })  # fmt: skip
+
+    def save_best(step, seen):
+        if world.main:
+            checkpoint.save_model(
+                result, "ctc", config, model.state_dict(), tokenizer.model, record,
+                stage=2, step=step, dev=seen, labels=initial.get("labels", {}) if initial else {},
+                synthetic=synthetic, commit=runtime.commit(),
+                stage1=initial["arguments"] if initial else None,
+            )  # fmt: skip
+
+    # ---- the loop
+    accum, recent = args.grad_accum, deque(maxlen=runtime.TOO_MANY_SKIPS)
+    stream = data.stream(
+        train_set, batches, first * accum, last * accum,
+        world.rank, world.size, args.num_workers, world.device.type == "cuda",
+    )  # fmt: skip
+    bar = runtime.Progress("stage 2", first, last, world)
+    for step in range(first, last):
+        for group in optimizer.param_groups:
+            group["lr"] = runtime.lr_at(step, steps, args.lr, args.warmup, args.min_lr)
+        runtime.seed_everything(args.seed, step, world.rank)  # dropout
+        buffers = [b.clone() for b in model.buffers()]
+        for _ in range(accum):
+            batch = next(stream)
+            recent.append(batch.index)
+            bar.heard(batch.n_samples)
+            loss = compute(batch.to(world.device))
+            scaler.scale(loss / accum).backward()
+        norm, done = runtime.update(model, optimizer, scaler, buffers, args.grad_clip)
+        meter.add([loss, norm], done)
+
+        step += 1
+        epoch, left = divmod(step * accum, len(batches))
+        ended = left < accum or step == steps  # this step reached the end of an epoch
+        if step % runtime.LOG_EVERY == 0 or step == steps:
+            heard = [utterances[i].row["audio_filepath"] for ids in recent for i in ids]
+            runtime.stop_if_diverged(meter, heard)
+            means = meter.read()
+            log.write(step, lr=group["lr"], **means)
+            bar.show(means)
+        if ended:
+            seen, example = watch_dev()
+            score = seen["dev_worst" if args.select == "worst" else "dev_wer"]
+            since_best += 1
+            if best is None or score < best:
+                best, since_best = score, 0
+                save_best(step, seen)
+            log.write(step, epoch=epoch, best=best, **seen)
+            mark = " (best)" if since_best == 0 else ""
+            bar.line(f"epoch {epoch}/{args.epochs}: {runtime.rounded(seen)}{mark}; {example}")
+        bar.update()
+        signal = stop.agreed(world.device)
+        if ended or step % args.save_every == 0 or step == last or signal:
+            save(step)
+        if signal:
+            bar.close()
+            world.say(f"stopped by signal {signal} after step {step}; the same command goes on")
+            return 128 + signal
+        if args.patience and since_best >= args.patience:
+            world.say(f"no better checkpoint for {since_best} epochs: stopping at step {step}")
+            break
+    bar.close()
+
+    # ---- the result
+    if best is None:  # stopped by --max_steps before the end of the first epoch
+        save_best(last, {})
+    return finish()
+
+
+if __name__ == "__main__":
+    runtime.run(main, (data.ManifestError, AudioError, checkpoint.CheckpointError))

@@ -1,0 +1,316 @@
+"""Stage 1 of FairASR: contrastive pretraining of the encoder.
+
+    python train.py --independent_space --balance_param 0.1
+
+Two views of each utterance should be encoded alike (InfoNCE). A second contrastive loss learns to
+tell demographic groups apart, and a gradient reversal turns it against the encoder, which should
+come to hide them (FSC):
+
+    waveform -> log-mel -> two views -> Conformer -> mean over time = h
+    z     = g(h)                                  InfoNCE(z of view 1, z of view 2)
+    z_rev = g(reverse(h)), or a head of its own   FSC(z_rev, labels)
+    loss  = InfoNCE + balance_param * FSC
+
+Writes runs/pretrain/pretrained.pt, which finetune.py picks up. Kim et al., Interspeech 2025.
+"""
+
+import argparse
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from fairasr_min import checkpoint, data, losses, runtime
+from fairasr_min.audio import AudioError, SpecAugment
+from fairasr_min.conformer import SIZES
+from fairasr_min.model import FairASR
+
+# The defaults of the arguments are the paper's (and the README's table says where they are not).
+# On the demo corpus, which two CPU cores should manage in a minute, these replace them:
+DEMO = dict(epochs=2, lr=1e-3, min_lr=1e-4)  # and size tiny
+
+# One time mask of at most 370 ms (the paper's code: 30 frames of 12.5 ms) and one frequency mask.
+AUGMENT = SpecAugment(time_masks=1, time_width=37, freq_masks=1, freq_width=15)
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    # fmt: off
+    # data
+    add("--manifest", metavar="FILE",
+        help="training manifest (Fair-Speech if prepared, else the demo corpus)")
+    add("--dev_manifest", metavar="FILE",
+        help="watched each epoch, nothing is chosen by it (dev.jsonl beside --manifest, if there)")
+    add("--audio_root", metavar="DIR",
+        help="where the audio lies, if not where the manifest says")
+    add("--max_seconds", type=float, default=17.5, metavar="F",
+        help="leave out longer utterances, counted by group (%(default)s)")
+    add("--max_bad", type=int, default=0, metavar="N",
+        help="go on without up to this many bad rows (%(default)s)")
+    # method
+    add("--label", nargs="+", default=["ethnicity"], metavar="COL",
+        help="demographic columns to hide; several: one FSC term each, averaged (ethnicity)")
+    add("--independent_space", action="store_true",
+        help="a projection head of its own for each FSC term, instead of the shared one")
+    add("--balance_param", type=float, default=0.1, metavar="F",
+        help="weight of FSC; 0 is plain SimCLR (%(default)s)")
+    add("--temperature", type=float, default=0.5, metavar="F",
+        help="of InfoNCE (%(default)s)")
+    add("--fsc_temperature", type=float, default=0.2, metavar="F",
+        help="of FSC (%(default)s)")
+    add("--fsc_positives", choices=["all", "others"], default="all",
+        help="all: an utterance's own other view counts as a positive (the paper); others: only "
+             "other utterances of its group, so that FSC never fights InfoNCE over a pair")
+    add("--no_fsc_normalize", action="store_true",
+        help="FSC of unnormalised projections, as in the paper's code")
+    add("--augment", choices=["second", "both"], default="second",
+        help="which views are masked (%(default)s, the paper's choice)")
+    # model and training
+    add("--init", default="none", metavar="X",
+        help="model file to start from, which fixes the size; none: from scratch (%(default)s)")
+    add("--size", choices=list(SIZES),
+        help="of the encoder, from scratch (small; demo: tiny)")
+    add("--epochs", type=int, default=50, metavar="N",
+        help="(50; demo: %d)" % DEMO["epochs"])
+    add("--max_steps", type=int, metavar="N",
+        help="stop early after N steps; the learning rate still follows --epochs")
+    add("--batch_size", type=int, default=32, metavar="N",
+        help="utterances a process; all processes' together are the negatives (%(default)s)")
+    add("--grad_accum", type=int, default=1, metavar="N",
+        help="batches a step; adds no negatives (%(default)s)")
+    add("--lr", type=float, default=1e-4, metavar="F",
+        help="peak learning rate (1e-4; demo: %g)" % DEMO["lr"])
+    add("--min_lr", type=float, default=1e-6, metavar="F",
+        help="where its cosine ends (1e-6; demo: %g)" % DEMO["min_lr"])
+    add("--warmup", type=float, default=0.05, metavar="F",
+        help="fraction of the steps in which it rises (%(default)s)")
+    add("--grad_clip", type=float, default=1.0, metavar="F",
+        help="largest gradient norm (%(default)s)")
+    # running
+    add("--out", default="runs/pretrain", metavar="DIR",
+        help="the same command again goes on where it was (%(default)s)")
+    add("--resume_ckpt", metavar="FILE",
+        help="go on from this checkpoint.pt instead of the one in --out")
+    add("--save_every", type=int, default=500, metavar="N",
+        help="steps between checkpoints, besides one an epoch (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
+        help="of matrix products; losses and features stay fp32 (%(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--num_workers", type=int, default=0, metavar="N",
+        help="processes that read audio ahead; 4 or more feed a GPU (%(default)s)")
+    # fmt: on
+    return p
+
+
+def main() -> int:
+    parser = arguments()
+    args = parser.parse_args()
+    world = runtime.setup(args.device)
+    runtime.check_precision(args.precision, world.device)
+
+    # ---- arguments that depend on the corpus or on the model to start from
+    if args.manifest is None:
+        with runtime.first_process_first(world):
+            parser.set_defaults(manifest=str(data.default_corpus(world.say) / "train.jsonl"))
+        args = parser.parse_args()
+    demo = data.is_demo(args.manifest)
+    if demo:
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args()
+    if args.dev_manifest is None and (Path(args.manifest).parent / "dev.jsonl").exists():
+        args.dev_manifest = str(Path(args.manifest).parent / "dev.jsonl")
+    initial = None
+    if args.init != "none":
+        initial = checkpoint.load_model_file(args.init)
+        if args.size and SIZES[args.size] != initial["config"]:
+            raise runtime.UserError(f"--size {args.size} is not the size of {args.init}; drop it")
+    else:
+        args.size = args.size or ("tiny" if demo else "small")
+    labels = args.label if args.balance_param else []
+    out = Path(args.out)
+    record = {
+        **vars(args),
+        "processes": world.size,
+        "manifest_sha256": data.fingerprint(args.manifest),
+    }
+    state = checkpoint.resume(out, record, args.resume_ckpt)
+
+    # ---- data: every row is checked before anything is computed
+    def load(manifest):
+        utterances, bad = data.read_manifest(manifest, args.audio_root, "unused", world.main)
+        utterances = data.settle(manifest, utterances, bad, args.max_bad, world.say)
+        return data.drop_long(utterances, args.max_seconds, world.say)
+
+    def batched(utterances):
+        ids, draws = data.label_ids(utterances, values), 2 * AUGMENT.n_draws  # for two views
+        seconds = [u.seconds for u in utterances]
+        return (
+            data.SpeechDataset(utterances, args.seed, ids, n_draws=draws),
+            data.Batches(seconds, args.batch_size, args.seed, world.size),
+        )
+
+    utterances = load(args.manifest)
+    values = data.label_values(args.manifest, utterances, labels, world.say)
+    train_set, batches = batched(utterances)
+    dev_set, dev_batches = batched(load(args.dev_manifest)) if args.dev_manifest else (None, None)
+    synthetic = data.is_synthetic(utterances)
+    steps = max(1, args.epochs * len(batches) // args.grad_accum)
+    last = steps if args.max_steps is None else min(steps, args.max_steps)
+
+    # ---- model
+    config = initial["config"] if initial else SIZES[args.size]
+    runtime.seed_everything(args.seed)
+    model = FairASR(config, len(labels), args.independent_space)
+    carried = {}  # what the initial recogniser knows beyond the encoder travels on to stage 2
+    if initial:
+        checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel"))
+        carried = {k: w for k, w in initial["weights"].items() if k.startswith("decoder.")}
+    model.to(world.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
+    scaler = runtime.grad_scaler(args.precision, world.device)
+    names = ["loss", "nce", "nce_acc"]
+    for label in labels:
+        names += [f"{x}_{label}" for x in ("fsc", "adv_acc", "adv_chance", "alone")]
+    meter = runtime.Meter([*names, "grad_norm"], world.device)
+    first = 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        meter.state.copy_(torch.tensor(state["meter"]))
+        first = state["step"]
+
+    # ---- one batch: two views, one encoder pass, both losses
+    def compute(batch):
+        """Losses of a batch, over all processes' utterances: total, and the values of `names`."""
+        features, n_frames = model.log_mel(batch.waveforms, batch.n_samples)  # (B, T, F), (B,)
+        draws1, draws2 = batch.draws.chunk(2, dim=1)
+        view1 = AUGMENT(features, n_frames, draws1) if args.augment == "both" else features
+        view2 = AUGMENT(features, n_frames, draws2)
+        with runtime.autocast(args.precision, world.device):
+            z, reversed_z = model(torch.cat([view1, view2]), n_frames.repeat(2))  # (2B, P)
+        z1, z2 = map(runtime.gather, z.float().chunk(2))
+        nce = losses.info_nce(z1, z2, args.temperature)
+        loss, seen = nce, [nce, losses.contrastive_accuracy(z1, z2)]
+        for column, z in enumerate(reversed_z):
+            r1, r2 = map(runtime.gather, z.float().chunk(2))
+            y = runtime.gather(batch.labels[:, column])
+            fsc = losses.sup_con(
+                r1, r2, y, args.fsc_temperature,
+                normalize=not args.no_fsc_normalize, own_view=args.fsc_positives == "all",
+            )  # fmt: skip
+            loss = loss + args.balance_param * fsc / len(labels)
+            seen += [fsc, *losses.group_separation(r1, r2, y)]
+        return loss, [loss, *seen]
+
+    @torch.no_grad()
+    def watch_dev():
+        """Means of `names` over the dev set, with the same masks each time."""
+        model.eval()
+        stream = data.stream(dev_set, dev_batches, 0, len(dev_batches), world.rank, world.size)
+        rows = [torch.stack(compute(batch.to(world.device))[1]) for batch in stream]
+        model.train()
+        return dict(zip(names, torch.stack(rows).mean(0).tolist()))
+
+    # ---- what will happen
+    hours = sum(u.seconds for u in utterances) / 3600
+    aim = f"hiding {values}" if values else "plain SimCLR"
+    origin = args.init if initial else f"scratch, size {args.size}"
+    if not initial and not demo:
+        origin += " (the paper's start, stt_en_conformer_ctc_small, is not readable here yet)"
+    world.say(
+        f"stage 1: {args.manifest}{' (SYNTHETIC)' if synthetic else ''}, "
+        f"{len(utterances):,} utterances, {hours:.2f} h; {aim}\n"
+        f"  encoder {sum(p.numel() for p in model.encoder.parameters()):,} parameters from "
+        f"{origin}; {last} steps, "
+        f"{world.size} process(es) on {world.device.type}, {args.precision}"
+    )
+    world.say("  " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
+    result = out / "pretrained.pt"
+    init = "" if args.out == "runs/pretrain" else f" --init {result}"
+    finish = f"stage 1 done: {result}\nnext: python finetune.py{init}"
+    if first >= last and result.exists():
+        world.say(f"  finished before, at step {first}\n{finish}")
+        return 0
+    if first:
+        world.say(f"  going on from step {first}")
+    if world.main:
+        checkpoint.start(out, record)
+    log = runtime.Log(out, world, state["log_size"] if state else 0)
+    stop = runtime.Stop()
+
+    def save(step):
+        size = log.size()
+        if world.main:
+            checkpoint.save_state(out, {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "meter": meter.state.tolist(),
+                "log_size": size,
+            })  # fmt: skip
+
+    # ---- the loop
+    accum, recent = args.grad_accum, deque(maxlen=runtime.TOO_MANY_SKIPS)
+    stream = data.stream(
+        train_set, batches, first * accum, last * accum,
+        world.rank, world.size, args.num_workers, world.device.type == "cuda",
+    )  # fmt: skip
+    bar, means = runtime.Progress("stage 1", first, last, world), {}
+    for step in range(first, last):
+        for group in optimizer.param_groups:
+            group["lr"] = runtime.lr_at(step, steps, args.lr, args.warmup, args.min_lr)
+        runtime.seed_everything(args.seed, step, world.rank)  # dropout
+        buffers = [b.clone() for b in model.buffers()]
+        for _ in range(accum):
+            batch = next(stream)
+            recent.append(batch.index)
+            bar.heard(batch.n_samples)
+            loss, seen = compute(batch.to(world.device))
+            scaler.scale(loss / accum).backward()
+        norm, done = runtime.update(model, optimizer, scaler, buffers, args.grad_clip)
+        meter.add([*seen, norm], done)
+
+        step += 1
+        epoch, left = divmod(step * accum, len(batches))
+        ended = left < accum  # this step reached the end of an epoch
+        if step % runtime.LOG_EVERY == 0 or step == steps:
+            heard = [utterances[i].row["audio_filepath"] for ids in recent for i in ids]
+            runtime.stop_if_diverged(meter, heard)
+            means = meter.read()
+            log.write(step, lr=group["lr"], **means)
+            bar.show(means)
+        if ended:
+            seen = {f"dev_{k}": v for k, v in watch_dev().items()} if dev_set else means
+            log.write(step, epoch=epoch, **seen)
+            bar.line(f"epoch {epoch}/{args.epochs}: " + runtime.rounded(seen))
+        bar.update()
+        signal = stop.agreed(world.device)
+        if ended or step % args.save_every == 0 or step == last or signal:
+            save(step)
+        if signal:
+            bar.close()
+            world.say(f"stopped by signal {signal} after step {step}; the same command goes on")
+            return 128 + signal
+    bar.close()
+
+    # ---- the result
+    if world.main:
+        keep = ("encoder.", "log_mel.")
+        weights = {k: w for k, w in model.state_dict().items() if k.startswith(keep)}
+        checkpoint.save_model(
+            result, "encoder", config, {**weights, **carried},
+            initial["tokenizer"] if initial else None, record,
+            stage=1, step=last, labels=values, synthetic=synthetic, commit=runtime.commit(),
+        )  # fmt: skip
+    world.say(finish)
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run(main, (data.ManifestError, AudioError, checkpoint.CheckpointError))
