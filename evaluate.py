@@ -11,12 +11,14 @@ errors from that file's rows; another system's output in that form is audited by
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
 from fairasr_min import checkpoint, data, report, runtime, wer
 from fairasr_min.audio import AudioError, read_audio
 from fairasr_min.decode import decode
+from fairasr_min.runtime import at_least
 from fairasr_min.text import NORMALIZATION, normalize
 
 MODEL = "runs/finetune/model.pt"
@@ -40,21 +42,34 @@ def arguments() -> argparse.ArgumentParser:
         help="for hyps.jsonl, report.json, report.md (%(default)s)")
     add("--audio_root", metavar="DIR",
         help="where the audio lies, if not where the manifest says")
-    add("--max_bad", type=int, default=0, metavar="N",
+    add("--max_bad", type=at_least(0), default=0, metavar="N",
         help="go on without up to this many bad rows (%(default)s)")
-    add("--batch_size", type=int, default=32, metavar="N",
+    add("--batch_size", type=at_least(1), default=32, metavar="N",
         help="utterances a process; the texts do not depend on it (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="recorded; nothing here is random yet")
+    add("--seed", type=at_least(0), default=0, metavar="N", 
+        help="recorded; nothing is random here yet")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
         help="of matrix products (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--num_workers", type=int, default=0, metavar="N",
+    add("--num_workers", type=at_least(0), default=0, metavar="N",
         help="processes that read audio ahead (%(default)s)")
     # fmt: on
     return p
 
 
+def make_folder(args) -> None:
+    """--out, before the long work. Raises UserError."""
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise runtime.UserError(f"--out {out}: {error.strerror}; name a folder") from None
+    if args.manifest and Path(args.manifest).resolve() == (out / "hyps.jsonl").resolve():
+        raise runtime.UserError(f"{args.manifest} would be overwritten; give another --out")
+
+
 def load_model(args):
+    """The recogniser of --model. Raises UserError, CheckpointError."""
     if args.model == MODEL and not Path(MODEL).exists():
         raise runtime.UserError(
             f"{MODEL} is not there: run python finetune.py first, or name another with --model"
@@ -75,12 +90,15 @@ def transcribe(args, world) -> tuple[list[dict], dict]:
     data.require_columns(args.manifest, [u.row for u in utterances], args.by)
     hours = sum(u.seconds for u in utterances) / 3600
     world.say(f"transcribing {args.manifest}: {len(utterances):,} utterances, {hours:.2f} h")
+    make_folder(args)
     texts = decode(model, utterances, world, args.batch_size, args.precision, args.num_workers)
     rows = [{**u.row, "pred_text": text} for u, text in zip(utterances, texts)]
     return rows, {
         "manifest": args.manifest,
         "model": args.model,
+        "model_sha256": data.fingerprint(args.model),
         "model_commit": about["commit"],
+        "manifest_sha256": data.fingerprint(args.manifest),
         "precision": args.precision,
         "trained_on": trained["train_manifest"],
         "bad_rows_left_out": len(bad),
@@ -91,7 +109,7 @@ def read_predictions(args) -> tuple[list[dict], dict]:
     """Rows of another system's output. Raises ManifestError."""
     rows = []
     try:
-        lines = Path(args.predictions).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(args.predictions).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise data.ManifestError(f"{args.predictions}: cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -99,6 +117,8 @@ def read_predictions(args) -> tuple[list[dict], dict]:
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError("expected a JSON object")
             if not (isinstance(row["text"], str) and isinstance(row["pred_text"], str)):
                 raise TypeError("text and pred_text must be strings")
         except (ValueError, KeyError, TypeError) as error:
@@ -108,17 +128,18 @@ def read_predictions(args) -> tuple[list[dict], dict]:
     if not rows:
         raise data.ManifestError(f"{args.predictions}: holds no rows")
     data.require_columns(args.predictions, rows, args.by)
-    return rows, {"manifest": args.predictions, "model": "see the predictions file"}
+    make_folder(args)
+    return rows, {
+        "manifest": args.predictions,
+        "manifest_sha256": data.fingerprint(args.predictions),
+        "model": "whatever wrote that file",
+    }
 
 
 def main() -> int:
     args = arguments().parse_args()
     world = runtime.setup(args.device)
     runtime.check_precision(args.precision, world.device)
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise runtime.UserError(f"--out {out} is a file; name a folder")
-
     if args.audio:
         model = load_model(args).to(world.device)
         for path in args.audio:
@@ -136,11 +157,11 @@ def main() -> int:
         "synthetic": any(r.get("synthetic") for r in rows),
         "normalization": NORMALIZATION,
         "empty_references": sum(e.words == 0 for e in errors),
+        "seed": args.seed,
         "commit": runtime.commit(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
     }
-    result = report.make_report(errors, groups, about)
-    out.mkdir(parents=True, exist_ok=True)
+    result, out = report.make_report(errors, groups, about), Path(args.out)
     written = {
         "hyps.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         "report.json": json.dumps(result, indent=2, ensure_ascii=False) + "\n",
@@ -149,12 +170,16 @@ def main() -> int:
     if args.predictions:
         del written["hyps.jsonl"]  # it is the input
     for name, content in written.items():
-        (out / name).write_text(content, encoding="utf-8")
+        unfinished = out / f".{name}.unfinished"
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.replace(out / name)
     print(report.to_text(result))
     print("\nwritten: " + ", ".join(str(out / name) for name in written))
-    if not args.by:
-        columns = ", ".join(data.group_columns(rows)) or "none"
-        print(f"next: python evaluate.py --by COLUMN; columns that look like groups: {columns}")
+    columns = [c for c in data.group_columns(rows) if c not in args.by]
+    if columns:
+        hyps = args.predictions or out / "hyps.jsonl"
+        print(f"next, without decoding again: python evaluate.py --predictions {hyps} --by COLUMN")
+        print(f"  (a+b crosses two; columns that look like groups: {', '.join(columns)})")
     return 0
 
 

@@ -11,6 +11,7 @@ group; the test manifest is never looked at. Writes runs/finetune/model.pt for e
 """
 
 import argparse
+import shlex
 from collections import deque
 from pathlib import Path
 
@@ -21,15 +22,17 @@ from fairasr_min.audio import AudioError, SpecAugment
 from fairasr_min.conformer import SIZES
 from fairasr_min.decode import decode
 from fairasr_min.model import ConformerCTC, samples_to_frames
-from fairasr_min.text import Tokenizer, train_tokenizer
+from fairasr_min.runtime import at_least
+from fairasr_min.text import Tokenizer, normalize, train_tokenizer
 
 PRETRAINED = "runs/pretrain/pretrained.pt"
 
-# The defaults of the arguments are the paper's. On the demo corpus these replace them:
+# The defaults of the arguments are those of the original's code; README.md says where they are not.
+# On the demo corpus, for two CPU cores, these replace them:
 DEMO = dict(epochs=9, batch_size=16, lr=3e-3, min_lr=3e-5)  # and size tiny
 
-# Masks as NeMo trains its Conformers: five of up to 5 % of the time, two of up to 27 mel bins.
-# Size tiny underfits with so many (a point of WER on the demo), and gets fewer.
+# Masks as NeMo trains its Conformers: five of up to 5 % of the time, two of up to 26 mel bins.
+# Size tiny underfits with so many, and gets fewer (RESULTS.md).
 AUGMENT = SpecAugment(time_masks=5, time_width=0.05, freq_masks=2, freq_width=27)
 AUGMENT_TINY = SpecAugment(time_masks=2, time_width=0.05, freq_masks=2, freq_width=15)
 
@@ -47,17 +50,17 @@ def arguments() -> argparse.ArgumentParser:
         help="chooses the checkpoint (dev.jsonl beside the training manifest)")
     add("--audio_root", metavar="DIR",
         help="where the audio lies, if not where the manifest says")
-    add("--max_seconds", type=float, default=17.5, metavar="F",
+    add("--max_seconds", type=at_least(0.01, float), default=17.5, metavar="F",
         help="leave out longer training utterances, counted by group (%(default)s)")
-    add("--max_bad", type=int, default=0, metavar="N",
+    add("--max_bad", type=at_least(0), default=0, metavar="N",
         help="go on without up to this many bad rows (%(default)s)")
-    add("--vocab_size", type=int, default=256, metavar="N",
+    add("--vocab_size", type=at_least(2), default=256, metavar="N",
         help="sentencepiece units from the training text; characters if it is small (%(default)s)")
     # choosing the checkpoint
     add("--select", choices=["mean", "worst"], default="mean",
         help="by dev WER over all, or by that of the worst group of --by (%(default)s)")
     add("--by", metavar="COL", help="group column for --select worst, and shown while training")
-    add("--patience", type=int, default=0, metavar="N",
+    add("--patience", type=at_least(0), default=0, metavar="N",
         help="stop after N epochs without a better one; 0: never (%(default)s)")
     # model and training
     add("--init", default=PRETRAINED, metavar="X",
@@ -65,36 +68,36 @@ def arguments() -> argparse.ArgumentParser:
              "none: from scratch (%(default)s)")
     add("--size", choices=list(SIZES),
         help="of the encoder, from scratch (small; demo: tiny)")
-    add("--epochs", type=int, default=50, metavar="N",
+    add("--epochs", type=at_least(1), default=50, metavar="N",
         help="(50; demo: %d)" % DEMO["epochs"])
-    add("--max_steps", type=int, metavar="N",
+    add("--max_steps", type=at_least(0), metavar="N",
         help="stop early after N steps; the learning rate still follows --epochs")
-    add("--batch_size", type=int, default=32, metavar="N",
+    add("--batch_size", type=at_least(1), default=32, metavar="N",
         help="utterances a process (32; demo: %d)" % DEMO["batch_size"])
-    add("--batch_seconds", type=float, metavar="F",
+    add("--batch_seconds", type=at_least(0.01, float), metavar="F",
         help="instead of --batch_size: about so many seconds of audio a process")
-    add("--grad_accum", type=int, default=1, metavar="N",
+    add("--grad_accum", type=at_least(1), default=1, metavar="N",
         help="batches a step (%(default)s)")
-    add("--lr", type=float, default=1e-4, metavar="F",
+    add("--lr", type=at_least(0, float), default=1e-4, metavar="F",
         help="peak learning rate (1e-4; demo: %g)" % DEMO["lr"])
-    add("--min_lr", type=float, default=1e-5, metavar="F",
+    add("--min_lr", type=at_least(0, float), default=1e-5, metavar="F",
         help="where its cosine ends (1e-5; demo: %g)" % DEMO["min_lr"])
-    add("--warmup", type=float, default=0.05, metavar="F",
+    add("--warmup", type=at_least(0, float), default=0.05, metavar="F",
         help="fraction of the steps in which it rises (%(default)s)")
-    add("--grad_clip", type=float, default=1.0, metavar="F",
+    add("--grad_clip", type=at_least(1e-9, float), default=1.0, metavar="F",
         help="largest gradient norm (%(default)s)")
     # running
     add("--out", default="runs/finetune", metavar="DIR",
         help="the same command again goes on where it was (%(default)s)")
     add("--resume_ckpt", metavar="FILE",
         help="go on from this checkpoint.pt instead of the one in --out")
-    add("--save_every", type=int, default=500, metavar="N",
+    add("--save_every", type=at_least(1), default=500, metavar="N",
         help="steps between checkpoints, besides one an epoch (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N")
+    add("--seed", type=at_least(0), default=0, metavar="N")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
         help="of matrix products; loss and features stay fp32 (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--num_workers", type=int, default=0, metavar="N",
+    add("--num_workers", type=at_least(0), default=0, metavar="N",
         help="processes that read audio ahead; 4 or more feed a GPU (%(default)s)")
     # fmt: on
     return p
@@ -108,7 +111,8 @@ def main() -> int:
     if args.select == "worst" and not args.by:
         raise runtime.UserError("--select worst needs --by COL: the worst group of which column?")
 
-    # ---- arguments that depend on the corpus or on the model to start from
+    # ---- arguments that depend on the corpus or on the model to start from. They are parsed again
+    # after set_defaults: a new default gives way to what was typed.
     initial = None
     if args.init != "none":
         if not Path(args.init).exists():
@@ -142,10 +146,12 @@ def main() -> int:
         args.size = args.size or ("tiny" if demo else "small")
     out = Path(args.out)
     record = {
+        "stage": 2,
         **vars(args),
         "processes": world.size,
         "manifest_sha256": data.fingerprint(args.train_manifest),
         "dev_sha256": data.fingerprint(args.dev_manifest),
+        "init_sha256": data.fingerprint(args.init) if initial else None,
     }
     state = checkpoint.resume(out, record, args.resume_ckpt)
 
@@ -153,6 +159,8 @@ def main() -> int:
     utterances, bad = data.read_manifest(
         args.train_manifest, args.audio_root, "required", world.main
     )
+    if not utterances:
+        data.settle(args.train_manifest, utterances, bad, args.max_bad, world.say)  # says why
     if initial and initial["tokenizer"]:
         tokenizer, units = Tokenizer(initial["tokenizer"]), f"those of {args.init}"
     else:
@@ -172,6 +180,8 @@ def main() -> int:
     dev = data.settle(args.dev_manifest, dev, bad, args.max_bad, world.say)
     if args.by:
         data.require_columns(args.dev_manifest, [u.row for u in dev], [args.by])
+        if not any(data.label_of(u.row, args.by) for u in dev):
+            raise runtime.UserError(f"{args.dev_manifest}: no utterance has a value of {args.by}")
     synthetic = data.is_synthetic(utterances)
     steps = max(1, args.epochs * len(batches) // args.grad_accum)
     last = steps if args.max_steps is None else min(steps, args.max_steps)
@@ -185,13 +195,12 @@ def main() -> int:
     model.to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
     scaler = runtime.grad_scaler(args.precision, world.device)
-    meter = runtime.Meter(["ctc", "grad_norm"], world.device)
+    meter = runtime.Meter(world.device, state["meter"] if state else None)
     first, best, since_best = 0, None, 0
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        meter.state.copy_(torch.tensor(state["meter"]))
         first, best, since_best = state["step"], state["best"], state["since_best"]
     finished = first >= last or bool(args.patience and since_best >= args.patience)
 
@@ -208,7 +217,7 @@ def main() -> int:
     def watch_dev():
         """Dev WER, that of the worst group of --by, and one line to look at."""
         texts = decode(model, dev, world, args.batch_size, args.precision, args.num_workers)
-        errors = [wer.count_errors(u.text, text) for u, text in zip(dev, texts)]
+        errors = [wer.count_errors(u.text, normalize(text)) for u, text in zip(dev, texts)]
         seen = {"dev_wer": wer.add(errors).wer, "dev_empty": texts.count("") / len(texts)}
         if args.by:
             groups = wer.by_group(errors, [data.label_of(u.row, args.by) for u in dev])
@@ -231,10 +240,10 @@ def main() -> int:
         which = "worst-group " if args.select == "worst" else ""
         chosen = "" if best is None else f" (best {which}dev WER {100 * best:.2f} %)"
         model_flag = "" if args.out == "runs/finetune" else f" --model {result}"
-        world.say(
-            f"stage 2 done: {result}{chosen}\n"
-            f"next: python evaluate.py --by {args.by or 'ethnicity'}{model_flag}"
-        )
+        hidden = initial.get("labels") if initial else None  # by stage 1
+        columns = [args.by] if args.by else hidden or data.group_columns([u.row for u in dev])[:1]
+        by = f" --by {shlex.join(columns)}" if columns else ""
+        world.say(f"stage 2 done: {result}{chosen}\nnext: python evaluate.py{model_flag}{by}")
         return 0
 
     if finished and result.exists():
@@ -242,15 +251,23 @@ def main() -> int:
         return finish()
     if first:
         world.say(f"  going on from step {first}")
+    if best is not None and not result.exists():
+        raise runtime.UserError(
+            f"{result}, the best model of this run so far, is missing: put it back from where the "
+            "checkpoint was, or begin a new run with another --out"
+        )
     if world.main:
         checkpoint.start(out, record)
-    log = runtime.Log(out, world, state["log_size"] if state else 0)
+        if best is None:
+            result.unlink(missing_ok=True)  # of the same run with a smaller --max_steps
+    log = runtime.Log(out, world, state["log_size"] if state else 0, first)
     stop = runtime.Stop()
 
     def save(step):
         size = log.size()
         if world.main:
             checkpoint.save_state(out, {
+                "arguments": record,
                 "step": step,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -278,27 +295,30 @@ def main() -> int:
     )  # fmt: skip
     bar = runtime.Progress("stage 2", first, last, world)
     for step in range(first, last):
+        lr = runtime.lr_at(step, steps, args.lr, args.warmup, args.min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = runtime.lr_at(step, steps, args.lr, args.warmup, args.min_lr)
-        runtime.seed_everything(args.seed, step, world.rank)  # dropout
-        buffers = [b.clone() for b in model.buffers()]
+            group["lr"] = lr
+        runtime.seed_everything(args.seed, step + 1, world.rank)  # dropout
+        buffers = [b.clone() for b in model.buffers()]  # BatchNorm's, put back if a step is skipped
+        ctc = 0.0
         for _ in range(accum):
             batch = next(stream)
             recent.append(batch.index)
             bar.heard(batch.n_samples)
             loss = compute(batch.to(world.device))
             scaler.scale(loss / accum).backward()
+            ctc = ctc + loss.detach() / accum
         norm, done = runtime.update(model, optimizer, scaler, buffers, args.grad_clip)
-        meter.add([loss, norm], done)
+        ctc = runtime.total(ctc) / world.size  # the mean over all processes' utterances
+        meter.add({"ctc": ctc, "grad_norm": norm}, done)
 
-        step += 1
-        epoch, left = divmod(step * accum, len(batches))
-        ended = left < accum or step == steps  # this step reached the end of an epoch
-        if step % runtime.LOG_EVERY == 0 or step == steps:
-            heard = [utterances[i].row["audio_filepath"] for ids in recent for i in ids]
-            runtime.stop_if_diverged(meter, heard)
-            means = meter.read()
-            log.write(step, lr=group["lr"], **means)
+        n = step + 1  # steps done
+        epoch, left = divmod(n * accum, len(batches))
+        ended = left < accum or n == steps  # this step has reached into a new epoch
+        if n % runtime.LOG_EVERY == 0 or n == steps:
+            runtime.stop_if_diverged(meter, utterances, recent)
+            means = {"lr": lr, **meter.read()}
+            log.write(n, **means)
             bar.show(means)
         if ended:
             seen, example = watch_dev()
@@ -306,20 +326,20 @@ def main() -> int:
             since_best += 1
             if best is None or score < best:
                 best, since_best = score, 0
-                save_best(step, seen)
-            log.write(step, epoch=epoch, best=best, **seen)
+                save_best(n, seen)
+            log.write(n, epoch=epoch, best=best, **seen)
             mark = " (best)" if since_best == 0 else ""
             bar.line(f"epoch {epoch}/{args.epochs}: {runtime.rounded(seen)}{mark}; {example}")
         bar.update()
         signal = stop.agreed(world.device)
-        if ended or step % args.save_every == 0 or step == last or signal:
-            save(step)
+        if ended or n % args.save_every == 0 or n == last or signal:
+            save(n)
         if signal:
             bar.close()
-            world.say(f"stopped by signal {signal} after step {step}; the same command goes on")
+            world.say(f"stopped by signal {signal} after step {n}; the same command goes on")
             return 128 + signal
         if args.patience and since_best >= args.patience:
-            world.say(f"no better checkpoint for {since_best} epochs: stopping at step {step}")
+            world.say(f"no better checkpoint for {since_best} epochs: stopping at step {n}")
             break
     bar.close()
 

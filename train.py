@@ -2,16 +2,18 @@
 
     python train.py --independent_space --balance_param 0.1
 
-Two views of each utterance should be encoded alike (InfoNCE). A second contrastive loss learns to
-tell demographic groups apart, and a gradient reversal turns it against the encoder, which should
-come to hide them (FSC):
+Two views of each utterance should be encoded alike (InfoNCE). A second contrastive loss (FSC)
+trains a head to tell demographic groups apart, and through a gradient reversal trains the encoder
+to hide them:
 
     waveform -> log-mel -> two views -> Conformer -> mean over time = h
     z     = g(h)                                  InfoNCE(z of view 1, z of view 2)
     z_rev = g(reverse(h)), or a head of its own   FSC(z_rev, labels)
     loss  = InfoNCE + balance_param * FSC
 
-Writes runs/pretrain/pretrained.pt, which finetune.py picks up. Kim et al., Interspeech 2025.
+The original continues an encoder that was trained to recognise speech; here --init takes a model
+file, and without it training starts from scratch. Writes runs/pretrain/pretrained.pt, which
+finetune.py picks up. Kim et al., "FairASR", Interspeech 2025.
 """
 
 import argparse
@@ -24,12 +26,14 @@ from fairasr_min import checkpoint, data, losses, runtime
 from fairasr_min.audio import AudioError, SpecAugment
 from fairasr_min.conformer import SIZES
 from fairasr_min.model import FairASR
+from fairasr_min.runtime import at_least
 
-# The defaults of the arguments are the paper's (and the README's table says where they are not).
+# The defaults of the arguments are those of the original's code; README.md says where they are not.
 # On the demo corpus, which two CPU cores should manage in a minute, these replace them:
 DEMO = dict(epochs=2, lr=1e-3, min_lr=1e-4)  # and size tiny
 
-# One time mask of at most 370 ms (the paper's code: 30 frames of 12.5 ms) and one frequency mask.
+# One time mask of up to 36 frames of 10 ms (the original: up to 29 of 12.5 ms), and, ours alone,
+# one frequency mask of up to 14 mel bins. The mask is 0, the mean of the features.
 AUGMENT = SpecAugment(time_masks=1, time_width=37, freq_masks=1, freq_width=15)
 
 
@@ -46,20 +50,20 @@ def arguments() -> argparse.ArgumentParser:
         help="watched each epoch, nothing is chosen by it (dev.jsonl beside --manifest, if there)")
     add("--audio_root", metavar="DIR",
         help="where the audio lies, if not where the manifest says")
-    add("--max_seconds", type=float, default=17.5, metavar="F",
+    add("--max_seconds", type=at_least(0.01, float), default=17.5, metavar="F",
         help="leave out longer utterances, counted by group (%(default)s)")
-    add("--max_bad", type=int, default=0, metavar="N",
+    add("--max_bad", type=at_least(0), default=0, metavar="N",
         help="go on without up to this many bad rows (%(default)s)")
     # method
     add("--label", nargs="+", default=["ethnicity"], metavar="COL",
         help="demographic columns to hide; several: one FSC term each, averaged (ethnicity)")
     add("--independent_space", action="store_true",
         help="a projection head of its own for each FSC term, instead of the shared one")
-    add("--balance_param", type=float, default=0.1, metavar="F",
+    add("--balance_param", type=at_least(0, float), default=0.1, metavar="F",
         help="weight of FSC; 0 is plain SimCLR (%(default)s)")
-    add("--temperature", type=float, default=0.5, metavar="F",
+    add("--temperature", type=at_least(1e-3, float), default=0.5, metavar="F",
         help="of InfoNCE (%(default)s)")
-    add("--fsc_temperature", type=float, default=0.2, metavar="F",
+    add("--fsc_temperature", type=at_least(1e-3, float), default=0.2, metavar="F",
         help="of FSC (%(default)s)")
     add("--fsc_positives", choices=["all", "others"], default="all",
         help="all: an utterance's own other view counts as a positive (the paper); others: only "
@@ -73,34 +77,34 @@ def arguments() -> argparse.ArgumentParser:
         help="model file to start from, which fixes the size; none: from scratch (%(default)s)")
     add("--size", choices=list(SIZES),
         help="of the encoder, from scratch (small; demo: tiny)")
-    add("--epochs", type=int, default=50, metavar="N",
+    add("--epochs", type=at_least(1), default=50, metavar="N",
         help="(50; demo: %d)" % DEMO["epochs"])
-    add("--max_steps", type=int, metavar="N",
+    add("--max_steps", type=at_least(0), metavar="N",
         help="stop early after N steps; the learning rate still follows --epochs")
-    add("--batch_size", type=int, default=32, metavar="N",
+    add("--batch_size", type=at_least(1), default=32, metavar="N",
         help="utterances a process; all processes' together are the negatives (%(default)s)")
-    add("--grad_accum", type=int, default=1, metavar="N",
+    add("--grad_accum", type=at_least(1), default=1, metavar="N",
         help="batches a step; adds no negatives (%(default)s)")
-    add("--lr", type=float, default=1e-4, metavar="F",
+    add("--lr", type=at_least(0, float), default=1e-4, metavar="F",
         help="peak learning rate (1e-4; demo: %g)" % DEMO["lr"])
-    add("--min_lr", type=float, default=1e-6, metavar="F",
+    add("--min_lr", type=at_least(0, float), default=1e-6, metavar="F",
         help="where its cosine ends (1e-6; demo: %g)" % DEMO["min_lr"])
-    add("--warmup", type=float, default=0.05, metavar="F",
+    add("--warmup", type=at_least(0, float), default=0.05, metavar="F",
         help="fraction of the steps in which it rises (%(default)s)")
-    add("--grad_clip", type=float, default=1.0, metavar="F",
+    add("--grad_clip", type=at_least(1e-9, float), default=1.0, metavar="F",
         help="largest gradient norm (%(default)s)")
     # running
     add("--out", default="runs/pretrain", metavar="DIR",
         help="the same command again goes on where it was (%(default)s)")
     add("--resume_ckpt", metavar="FILE",
         help="go on from this checkpoint.pt instead of the one in --out")
-    add("--save_every", type=int, default=500, metavar="N",
+    add("--save_every", type=at_least(1), default=500, metavar="N",
         help="steps between checkpoints, besides one an epoch (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N")
+    add("--seed", type=at_least(0), default=0, metavar="N")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
         help="of matrix products; losses and features stay fp32 (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--num_workers", type=int, default=0, metavar="N",
+    add("--num_workers", type=at_least(0), default=0, metavar="N",
         help="processes that read audio ahead; 4 or more feed a GPU (%(default)s)")
     # fmt: on
     return p
@@ -112,7 +116,8 @@ def main() -> int:
     world = runtime.setup(args.device)
     runtime.check_precision(args.precision, world.device)
 
-    # ---- arguments that depend on the corpus or on the model to start from
+    # ---- arguments that depend on the corpus or on the model to start from. They are parsed again
+    # after set_defaults: a new default gives way to what was typed.
     if args.manifest is None:
         with runtime.first_process_first(world):
             parser.set_defaults(manifest=str(data.default_corpus(world.say) / "train.jsonl"))
@@ -130,12 +135,14 @@ def main() -> int:
             raise runtime.UserError(f"--size {args.size} is not the size of {args.init}; drop it")
     else:
         args.size = args.size or ("tiny" if demo else "small")
-    labels = args.label if args.balance_param else []
+    labels = list(dict.fromkeys(args.label)) if args.balance_param else []
     out = Path(args.out)
     record = {
+        "stage": 1,
         **vars(args),
         "processes": world.size,
         "manifest_sha256": data.fingerprint(args.manifest),
+        "init_sha256": data.fingerprint(args.init) if initial else None,
     }
     state = checkpoint.resume(out, record, args.resume_ckpt)
 
@@ -145,7 +152,11 @@ def main() -> int:
         utterances = data.settle(manifest, utterances, bad, args.max_bad, world.say)
         return data.drop_long(utterances, args.max_seconds, world.say)
 
+    utterances = load(args.manifest)
+    values = data.label_values(args.manifest, utterances, labels, world.say)
+
     def batched(utterances):
+        """Data set and batches; utterances of similar length, and so the negatives, share one."""
         ids, draws = data.label_ids(utterances, values), 2 * AUGMENT.n_draws  # for two views
         seconds = [u.seconds for u in utterances]
         return (
@@ -153,8 +164,6 @@ def main() -> int:
             data.Batches(seconds, args.batch_size, args.seed, world.size),
         )
 
-    utterances = load(args.manifest)
-    values = data.label_values(args.manifest, utterances, labels, world.say)
     train_set, batches = batched(utterances)
     dev_set, dev_batches = batched(load(args.dev_manifest)) if args.dev_manifest else (None, None)
     synthetic = data.is_synthetic(utterances)
@@ -172,21 +181,17 @@ def main() -> int:
     model.to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
     scaler = runtime.grad_scaler(args.precision, world.device)
-    names = ["loss", "nce", "nce_acc"]
-    for label in labels:
-        names += [f"{x}_{label}" for x in ("fsc", "adv_acc", "adv_chance", "alone")]
-    meter = runtime.Meter([*names, "grad_norm"], world.device)
+    meter = runtime.Meter(world.device, state["meter"] if state else None)
     first = 0
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        meter.state.copy_(torch.tensor(state["meter"]))
         first = state["step"]
 
     # ---- one batch: two views, one encoder pass, both losses
     def compute(batch):
-        """Losses of a batch, over all processes' utterances: total, and the values of `names`."""
+        """The loss over all processes' utterances, and its parts by name (README: the log)."""
         features, n_frames = model.log_mel(batch.waveforms, batch.n_samples)  # (B, T, F), (B,)
         draws1, draws2 = batch.draws.chunk(2, dim=1)
         view1 = AUGMENT(features, n_frames, draws1) if args.augment == "both" else features
@@ -195,33 +200,37 @@ def main() -> int:
             z, reversed_z = model(torch.cat([view1, view2]), n_frames.repeat(2))  # (2B, P)
         z1, z2 = map(runtime.gather, z.float().chunk(2))
         nce = losses.info_nce(z1, z2, args.temperature)
-        loss, seen = nce, [nce, losses.contrastive_accuracy(z1, z2)]
-        for column, z in enumerate(reversed_z):
-            r1, r2 = map(runtime.gather, z.float().chunk(2))
+        loss, parts = nce, {"nce": nce, "nce_acc": losses.contrastive_accuracy(z1, z2)}
+        for column, (label, z_rev) in enumerate(zip(labels, reversed_z)):
+            r1, r2 = map(runtime.gather, z_rev.float().chunk(2))
             y = runtime.gather(batch.labels[:, column])
             fsc = losses.sup_con(
                 r1, r2, y, args.fsc_temperature,
                 normalize=not args.no_fsc_normalize, own_view=args.fsc_positives == "all",
             )  # fmt: skip
             loss = loss + args.balance_param * fsc / len(labels)
-            seen += [fsc, *losses.group_separation(r1, r2, y)]
-        return loss, [loss, *seen]
+            accuracy, chance, alone = losses.group_separation(r1, r2, y)
+            parts |= {f"fsc_{label}": fsc, f"adv_acc_{label}": accuracy}
+            parts |= {f"adv_chance_{label}": chance, f"alone_{label}": alone}
+        return loss, {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}}
 
     @torch.no_grad()
     def watch_dev():
-        """Means of `names` over the dev set, with the same masks each time."""
+        """Means over the dev set, in eval mode and with the masks of epoch 0 each time."""
         model.eval()
-        stream = data.stream(dev_set, dev_batches, 0, len(dev_batches), world.rank, world.size)
-        rows = [torch.stack(compute(batch.to(world.device))[1]) for batch in stream]
+        stream = data.stream(
+            dev_set, dev_batches, 0, len(dev_batches), world.rank, world.size, args.num_workers
+        )
+        seen = [compute(batch.to(world.device))[1] for batch in stream]
         model.train()
-        return dict(zip(names, torch.stack(rows).mean(0).tolist()))
+        return {f"dev_{k}": torch.stack([one[k] for one in seen]).mean().item() for k in seen[0]}
 
     # ---- what will happen
     hours = sum(u.seconds for u in utterances) / 3600
     aim = f"hiding {values}" if values else "plain SimCLR"
     origin = args.init if initial else f"scratch, size {args.size}"
-    if not initial and not demo:
-        origin += " (the paper's start, stt_en_conformer_ctc_small, is not readable here yet)"
+    if args.size == "small":
+        origin += " (the paper starts from stt_en_conformer_ctc_small, not readable here yet)"
     world.say(
         f"stage 1: {args.manifest}{' (SYNTHETIC)' if synthetic else ''}, "
         f"{len(utterances):,} utterances, {hours:.2f} h; {aim}\n"
@@ -240,13 +249,15 @@ def main() -> int:
         world.say(f"  going on from step {first}")
     if world.main:
         checkpoint.start(out, record)
-    log = runtime.Log(out, world, state["log_size"] if state else 0)
+        result.unlink(missing_ok=True)  # of the same run with a smaller --max_steps
+    log = runtime.Log(out, world, state["log_size"] if state else 0, first)
     stop = runtime.Stop()
 
     def save(step):
         size = log.size()
         if world.main:
             checkpoint.save_state(out, {
+                "arguments": record,
                 "step": step,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -261,41 +272,43 @@ def main() -> int:
         train_set, batches, first * accum, last * accum,
         world.rank, world.size, args.num_workers, world.device.type == "cuda",
     )  # fmt: skip
-    bar, means = runtime.Progress("stage 1", first, last, world), {}
+    bar = runtime.Progress("stage 1", first, last, world)
     for step in range(first, last):
+        lr = runtime.lr_at(step, steps, args.lr, args.warmup, args.min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = runtime.lr_at(step, steps, args.lr, args.warmup, args.min_lr)
-        runtime.seed_everything(args.seed, step, world.rank)  # dropout
-        buffers = [b.clone() for b in model.buffers()]
+            group["lr"] = lr
+        runtime.seed_everything(args.seed, step + 1, world.rank)  # dropout
+        buffers = [b.clone() for b in model.buffers()]  # BatchNorm's, put back if a step is skipped
+        seen = {}
         for _ in range(accum):
             batch = next(stream)
             recent.append(batch.index)
             bar.heard(batch.n_samples)
-            loss, seen = compute(batch.to(world.device))
+            loss, parts = compute(batch.to(world.device))
             scaler.scale(loss / accum).backward()
+            seen = {k: seen.get(k, 0) + part / accum for k, part in parts.items()}
         norm, done = runtime.update(model, optimizer, scaler, buffers, args.grad_clip)
-        meter.add([*seen, norm], done)
+        meter.add({**seen, "grad_norm": norm}, done)
 
-        step += 1
-        epoch, left = divmod(step * accum, len(batches))
-        ended = left < accum  # this step reached the end of an epoch
-        if step % runtime.LOG_EVERY == 0 or step == steps:
-            heard = [utterances[i].row["audio_filepath"] for ids in recent for i in ids]
-            runtime.stop_if_diverged(meter, heard)
-            means = meter.read()
-            log.write(step, lr=group["lr"], **means)
+        n = step + 1  # steps done
+        epoch, left = divmod(n * accum, len(batches))
+        ended = left < accum or n == steps  # this step has reached into a new epoch
+        if n % runtime.LOG_EVERY == 0 or n == steps:
+            runtime.stop_if_diverged(meter, utterances, recent)
+            means = {"lr": lr, **meter.read()}
+            log.write(n, **means)
             bar.show(means)
-        if ended:
-            seen = {f"dev_{k}": v for k, v in watch_dev().items()} if dev_set else means
-            log.write(step, epoch=epoch, **seen)
-            bar.line(f"epoch {epoch}/{args.epochs}: " + runtime.rounded(seen))
+        if ended and dev_set:
+            seen = watch_dev()
+            log.write(n, epoch=epoch, **seen)
+            bar.line(f"epoch {epoch}/{args.epochs}: {runtime.rounded(seen)}")
         bar.update()
         signal = stop.agreed(world.device)
-        if ended or step % args.save_every == 0 or step == last or signal:
-            save(step)
+        if ended or n % args.save_every == 0 or n == last or signal:
+            save(n)
         if signal:
             bar.close()
-            world.say(f"stopped by signal {signal} after step {step}; the same command goes on")
+            world.say(f"stopped by signal {signal} after step {n}; the same command goes on")
             return 128 + signal
     bar.close()
 

@@ -53,8 +53,10 @@ def load(path: str | Path) -> dict:
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # whose text recommends to run the code in it
+            reason = "not plain data"
         raise CheckpointError(f"{path}: damaged, or not a PyTorch file ({reason})") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a file of this project (format {FORMAT})")
@@ -104,6 +106,9 @@ def load_model_file(path: str | Path) -> dict:
         payload["config"] = ConformerConfig(**payload["config"])
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: made by another version ({error})") from None
+    if payload["normalization"] != NORMALIZATION:
+        there = payload["normalization"]
+        print(f"warning: {path} was trained on {there} texts, not {NORMALIZATION}", file=sys.stderr)
     return payload
 
 
@@ -162,25 +167,53 @@ def load_state(path: str | Path) -> dict:
 
 
 def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dict | None:
-    """The state that a run in `folder` goes on from, or None for a new run. Writes nothing.
+    """The state that a run goes on from, or None for a new run. Writes nothing.
 
-    Raises CheckpointError if the folder holds a run with other arguments, or files of a run whose
-    arguments are not known, or if its checkpoints are all damaged.
+    That is the last whole checkpoint in `folder`; if there is none, the file resume_ckpt.
+    Raises CheckpointError if the run there had other arguments, if the folder holds files of a run
+    whose arguments are not known, or if all its checkpoints are damaged.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out {folder} is a file; name a folder")
     try:
         before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        _same_arguments(before, arguments, folder)
     except FileNotFoundError:
         found = [name for name in OURS if (folder / name).exists()]
         if found:
             raise CheckpointError(
                 f"{folder} holds {found[0]} of a run without its args.json; use another --out"
             ) from None
-        return load_state(resume_ckpt) if resume_ckpt else None
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/args.json: {error}; use another --out") from None
-    now = json.loads(json.dumps(arguments))
+    problems = []
+    for name in ("checkpoint.pt", "previous.pt"):
+        if not (folder / name).exists():
+            continue
+        try:
+            state = load_state(folder / name)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; going on from {folder / name}", file=sys.stderr)
+        return state
+    if problems:
+        raise CheckpointError("\n".join(problems) + f"\nDelete {folder} to start anew")
+    if resume_ckpt is None:
+        return None
+    state = load_state(resume_ckpt)
+    _same_arguments(state["arguments"], arguments, resume_ckpt)
+    return {**state, "log_size": 0}  # its log stays where it is
+
+
+def _same_arguments(before: dict, now: dict, where: Path | str) -> None:
+    """CheckpointError that lists the differences, if there are any that matter."""
+    now = json.loads(json.dumps(now))  # as it is after writing and reading
+    if before.get("stage") != now.get("stage"):
+        raise CheckpointError(f"{where} is of stage {before.get('stage')}, not {now.get('stage')}")
     differ = [
         f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now"
         for name in sorted({*before, *now} - MAY_DIFFER)
@@ -188,26 +221,10 @@ def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dic
     ]
     if differ:
         raise CheckpointError(
-            f"{folder} holds a run with other arguments:\n"
+            f"{where} holds a run with other arguments:\n"
             + "\n".join(differ)
-            + f"\nGive the same to go on with it, or another --out, or delete {folder}"
+            + "\nGive the same to go on with it, or another --out to begin a new one"
         )
-    if resume_ckpt:
-        return load_state(resume_ckpt)
-    problems = []
-    for name in ("checkpoint.pt", "previous.pt"):
-        try:
-            state = load_state(folder / name)
-        except CheckpointError as error:
-            if (folder / name).exists():
-                problems.append(str(error))
-            continue
-        for problem in problems:
-            print(f"warning: {problem}; going on from {folder / name}", file=sys.stderr)
-        return state
-    if problems:
-        raise CheckpointError("\n".join(problems) + f"\nDelete {folder} to start anew")
-    return None
 
 
 def start(folder: Path, arguments: dict) -> None:

@@ -55,7 +55,7 @@ def encoder_frames(n_frames):
 
 
 def _valid(lengths: torch.Tensor, size: int) -> torch.Tensor:
-    """(B,) -> (B, size) bool, false on padding."""
+    """(B,) -> (B, size) bool, false on padding. (audio.length_mask; this file imports nothing.)"""
     return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
 
 
@@ -133,7 +133,8 @@ class RelativeAttention(nn.Module):
 def shift(scores: torch.Tensor) -> torch.Tensor:
     """(..., N, 2N-1) by relative position -> (..., N, N) by key: out[i, j] = scores[i, N-1-i+j].
 
-    One column of padding turns "one step further left in each row" into a plain reshape.
+    With one column of padding, row i of (..., N, 2N) begins at 2Ni; the wanted element lies at
+    2Ni + 1 + (N-1-i+j) = N + (2N-1)i + j, which is row i, column j of a reshape that begins at N.
     """
     n = scores.shape[-2]
     padded = F.pad(scores, (1, 0))  # (..., N, 2N)
@@ -198,6 +199,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
+        """(B, T', D) -> (B, T', D)."""
         return self.linear2(self.dropout(F.silu(self.linear1(x))))
 
 
@@ -219,6 +221,7 @@ class ConformerLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, valid, positions):
+        """(B, T', D), (B, T') bool, (2T'-1, D) -> (B, T', D)."""
         x = x + 0.5 * self.dropout(self.feed_forward1(self.norm_feed_forward1(x)))
         x = x + self.dropout(self.self_attn(self.norm_self_att(x), valid, positions))
         x = x + self.dropout(self.conv(self.norm_conv(x), valid))

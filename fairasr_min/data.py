@@ -87,7 +87,7 @@ def read_manifest(
 
     with ThreadPoolExecutor(8) as pool:
         problems = tqdm(
-            pool.map(_audio_problem, utterances, chunksize=64),
+            pool.map(_audio_problem, utterances),
             f"checking {manifest.name}",
             len(utterances),
             unit=" clips",
@@ -309,13 +309,13 @@ def drop_long(
     return kept
 
 
-def fingerprint(manifest: str | Path) -> str:
-    """SHA-256 of the manifest file: a run is resumed on the rows it began with, or not at all.
+def fingerprint(file: str | Path) -> str:
+    """SHA-256 of a manifest or model file: a run goes on with what it began with, or not at all.
     Raises ManifestError."""
     try:
-        return hashlib.sha256(Path(manifest).read_bytes()).hexdigest()
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except OSError as error:
-        raise ManifestError(f"{manifest}: cannot be read ({error.strerror})") from None
+        raise ManifestError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def default_corpus(say: Callable[[str], None] = print) -> Path:
@@ -394,7 +394,7 @@ class Batches:
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """Arrays of indices, one a batch."""
-        random = np.random.default_rng([self.seed, epoch])
+        random = np.random.default_rng([self.seed, epoch, 0])
         jitter = random.uniform(1 - self.JITTER, 1 + self.JITTER, len(self.seconds))
         jitter[self.seconds.argmax()] = 1 + self.JITTER  # the longest stays the longest
         order = np.argsort(-self.seconds * jitter, kind="stable")
@@ -456,8 +456,9 @@ class SpeechDataset(Dataset):
         except AudioError as error:
             return error  # as a value: raised in a worker, it would arrive as a traceback
         ids = self.tokenizer.encode(u.text) if self.tokenizer else []
-        draws = np.random.default_rng([self.seed, epoch, index]).random(self.n_draws, np.float32)
-        return index, waveform, self.labels[index], torch.tensor(ids), torch.from_numpy(draws)
+        draws = np.random.default_rng([self.seed, epoch, index + 1])  # 0 is that of Batches
+        draws = torch.from_numpy(draws.random(self.n_draws, np.float32))
+        return index, waveform, self.labels[index], torch.tensor(ids), draws
 
 
 def collate(items: list) -> Batch | AudioError:
@@ -524,6 +525,7 @@ def stream(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else its making would draw from dropout's random numbers
     )
     for batch in loader:
         if isinstance(batch, AudioError):

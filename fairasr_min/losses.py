@@ -21,7 +21,7 @@ class _GradReverse(torch.autograd.Function):
 def grad_reverse(x: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
     """Gradient reversal layer (Ganin and Lempitsky, ICML 2015): x forward, -strength * grad back.
 
-    What lies behind it minimises the loss; what lies before it maximises the same loss.
+    The layers after it minimise the loss; the layers before it maximise the same loss.
     """
     return _GradReverse.apply(x, strength)
 
@@ -75,7 +75,7 @@ def sup_con(
         n_positive = positive.sum(1)
         per_anchor = -(log_prob * positive).sum(1) / n_positive.clamp(min=1)
         anchor = n_positive > 0
-        return (per_anchor * anchor).sum() / anchor.sum().clamp(min=1)
+        return per_anchor.sum() / anchor.sum().clamp(min=1)  # others contribute 0
 
 
 def _similarities(z1, z2, temperature, normalize):
@@ -121,7 +121,8 @@ def group_separation(z1: torch.Tensor, z2: torch.Tensor, labels: torch.Tensor):
 
     (B, P), (B, P), labels (B,) -> the share of labelled views whose nearest view of another
     utterance has their label; what that share would be by chance; the share of labelled
-    utterances that are alone of their group in the batch (their only FSC positive is themselves).
+    utterances that are alone of their group in the batch (their only FSC positive is their own
+    other view). Nearest by cosine.
     """
     n = len(z1)
     both = torch.cat([labels, labels])

@@ -48,15 +48,16 @@ class FairASR(nn.Module):
             ProjectionHead(config.d_model) for _ in range(n_adversaries if independent_space else 0)
         )
 
-    def forward(self, features: torch.Tensor, n_frames: torch.Tensor, strength: float = 1.0):
+    def forward(self, features: torch.Tensor, n_frames: torch.Tensor):
         """(B, T, F), (B,) -> z (B, P), and a list of n_adversaries reversed z (B, P)."""
         h, lengths = self.encoder(features, n_frames)
         h = masked_mean(h, lengths)  # the utterance embedding, (B, D)
         z = self.head(h)
         # The head learns to find the groups; through the reversal the encoder learns to hide them.
-        reverse = grad_reverse(h, strength)
+        reverse = grad_reverse(h)
         if self.adversaries:
             return z, [head(reverse) for head in self.adversaries]
+        # same space: equal to z in value, only the gradient to h differs; one serves all labels
         return z, [self.head(reverse)] * self.n_adversaries
 
 
@@ -69,7 +70,7 @@ class ConformerCTC(nn.Module):
         tokenizer: Tokenizer | None = None,
         vocab_size: int = 1024,
     ):
-        """vocab_size counts only when there is no tokenizer to count for it."""
+        """vocab_size: used only without a tokenizer."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.blank = len(tokenizer) if tokenizer else vocab_size

@@ -3,6 +3,7 @@
 One process is the same path as many: torchrun only sets environment variables.
 """
 
+import argparse
 import ctypes
 import json
 import math
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,13 +39,26 @@ class UserError(Exception):
     """A mistake of the user's: printed as it is, without a traceback."""
 
 
+def at_least(low: float, kind: type = int):
+    """An argparse type: a finite number of that kind, from `low` on."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: a number from {low} on is expected")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
 # ---- processes -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class World:
-    rank: int
-    size: int
+    rank: int  # of this process, from 0
+    size: int  # processes
     device: torch.device
 
     @property
@@ -57,13 +72,16 @@ class World:
 
 
 def setup(device: str = "auto") -> World:
-    """This process's place: alone, or one of torchrun's (NCCL on GPUs, gloo on CPUs)."""
+    """This process's place: alone, or one of torchrun's (NCCL on GPUs, gloo on CPUs).
+    Raises UserError if there is no GPU where one is asked for."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible to PyTorch; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         _keep_memory()
+    else:
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions too
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return World(0, 1, torch.device(device))
@@ -79,12 +97,14 @@ def setup(device: str = "auto") -> World:
 
 
 def _keep_memory() -> None:
-    """Keep freed memory for the next step. glibc returns large blocks to the system and faults
-    them in again, page by page: a quarter of the time of a training step on a CPU."""
+    """Keep freed memory for the next step: glibc returns large blocks to the system, and the next
+    step faults them in again, page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        for option, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):  # trim, top pad, mmap
-            mallopt(option, value)
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of malloc.h
+        if mallopt(mmap_threshold, 2**30):  # older versions refuse so much
+            mallopt(trim_threshold, 2**31 - 1)
+            mallopt(top_pad, 2**28)
 
 
 def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
@@ -95,7 +115,7 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
         rank = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"error: {rank}{error}", file=sys.stderr, flush=True)
         code = 2
-    if dist.is_initialized():
+    if dist.is_initialized() and code != 2:  # after an error the others may wait for us in vain
         dist.destroy_process_group()
     sys.exit(code)
 
@@ -161,6 +181,7 @@ def seed_everything(seed: int, *stream: int) -> None:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
+    """UserError for fp16 without a GPU."""
     if precision == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
 
@@ -171,8 +192,8 @@ def autocast(precision: str, device: torch.device):
 
 
 def grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss for fp16. With scale 1 it serves fp32 and bf16 too, for its other half: it
-    skips a step with a non-finite gradient on the device, without asking the host."""
+    """Scales the loss for fp16. With scale 1 it is used in fp32 and bf16 only because its step()
+    leaves out a non-finite gradient on the device, without asking the host."""
     if precision == "fp16":
         return torch.amp.GradScaler(device.type)
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=NEVER)
@@ -191,7 +212,7 @@ def update(model, optimizer, scaler, buffers_before, grad_clip: float) -> tuple:
     """One optimizer step from the gradients at hand -> gradient norm and 1.0 if done, 0.0 if not.
 
     A non-finite gradient (which a non-finite loss gives) skips the step: weights, optimizer and
-    buffers (BatchNorm's) stay as they were. Everything stays on the device.
+    buffers (BatchNorm's) stay as they were. Nothing waits for the device.
     """
     average_gradients(model)
     scaler.unscale_(optimizer)
@@ -212,15 +233,15 @@ def update(model, optimizer, scaler, buffers_before, grad_clip: float) -> tuple:
 class Log:
     """log.jsonl, and TensorBoard where it is installed. Silent on all processes but the first."""
 
-    def __init__(self, folder: Path, world: World, size: int = 0):
-        """size: bytes of the log that a checkpoint vouches for; what comes after is cut off."""
+    def __init__(self, folder: Path, world: World, size: int = 0, step: int = 0):
+        """size: bytes that the log had at the checkpoint of this step; the rest is cut off."""
         self.file = self.board = None
         if world.main:
             self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
-            size = min(size, self.file.tell())  # shorter when resumed from another folder's file
             self.file.truncate(size)
             self.file.seek(size)
-            self.board = SummaryWriter(str(folder / "tensorboard")) if SummaryWriter else None
+            if SummaryWriter:
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, **values) -> None:
         if self.file:
@@ -239,25 +260,30 @@ class Log:
 
 
 class Meter:
-    """Means of the losses between two log lines, kept on the device and saved with the run."""
+    """Means of the losses between two log lines, kept on the device and saved with the run. All
+    processes add the same values, those of the whole batch.
 
-    def __init__(self, names: list[str], device, state: list[float] | None = None):
-        self.names = names
-        self.state = torch.tensor(state or [0.0] * (len(names) + 3), device=device)
+    state: one sum a loss, then the steps done, those skipped, those skipped in a row until now.
+    """
+
+    def __init__(self, device: torch.device, state: list[float] | None = None):
+        self.names: list[str] = []  # those of the first step
+        self.state = torch.tensor(state or [], device=device)
 
     @torch.no_grad()
-    def add(self, values: list, done: torch.Tensor) -> None:
-        """One step's values (scalars), or, if it was skipped (done 0), only that it was."""
-        row = torch.stack([torch.as_tensor(v, device=self.state.device).float() for v in values])
-        sums, counts = self.state[:-3], self.state[-3:]  # steps done, skipped, skipped in a row
-        sums += torch.where(done > 0, row, 0.0)
+    def add(self, values: dict[str, torch.Tensor], done: torch.Tensor) -> None:
+        """One step's scalars, or, if it was skipped (done is 0), only that it was."""
+        self.names = list(values)
+        if not len(self.state):
+            self.state = torch.zeros(len(values) + 3, device=self.state.device)
+        sums, counts = self.state[:-3], self.state[-3:]
+        sums += torch.where(done > 0, torch.stack(list(values.values())).float(), 0.0)
         counts += torch.stack([done, 1 - done, 1 - done])
         counts[2] *= 1 - done
 
     def read(self) -> dict[str, float]:
-        """Means over the steps and processes since the last read."""
-        sums = total(self.state[:-3]).tolist()
-        steps = max(1.0, total(self.state[-3]).item())
+        """Means over the steps since the last read."""
+        sums, steps = self.state[:-3].tolist(), max(1.0, self.state[-3].item())
         skipped = self.state[-2].item()
         self.state[:-1] = 0.0
         means = {name: value / steps for name, value in zip(self.names, sums)}
@@ -283,8 +309,9 @@ class Progress:
         self.audio += int(n_samples.sum()) / rate * self.world.size
 
     def show(self, means: dict[str, float]) -> None:
+        """Put these values, and the seconds of audio a second, beside the bar."""
         speed = self.audio / (time.time() - self.began)
-        self.bar.set_postfix_str(f"{rounded(means)}, {speed:.0f} s/s", refresh=False)
+        self.bar.set_postfix_str(f"{speed:.0f} s/s, {rounded(means)}", refresh=False)
 
     def line(self, text: str) -> None:
         if self.world.main:
@@ -300,6 +327,7 @@ class Progress:
 
 
 def rounded(values: dict[str, float]) -> str:
+    """ "name 1.23, other 4.56" for people to read."""
     return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
@@ -324,12 +352,14 @@ class Stop:
         return int(flag)
 
 
-def stop_if_diverged(meter: Meter, names: list[str]) -> None:
-    """UserError once many steps in a row were skipped; names: the audio of the last batches."""
+def stop_if_diverged(meter: Meter, utterances: list, recent: Sequence[list[int]]) -> None:
+    """UserError once many steps in a row were skipped. recent: indices of the last batches."""
     if (skipped := meter.skipped_in_a_row()) >= TOO_MANY_SKIPS:
+        heard = [utterances[i].row["audio_filepath"] for i in recent[-1]]
         raise UserError(
             f"{skipped} steps in a row had a non-finite loss or gradient and were skipped; the "
-            f"last checkpoint is from before. A lower --lr may help. Last heard: {names[:8]}"
+            "last checkpoint is from before. A lower --lr may help. The last batch held "
+            f"{', '.join(heard[:8])}{', ...' if len(heard) > 8 else ''}"
         )
 
 

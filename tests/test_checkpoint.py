@@ -95,7 +95,7 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch)
 def run_folder(tmp_path, arguments, steps=(1, 2)):
     checkpoint.start(tmp_path, arguments)
     for step in steps:
-        checkpoint.save_state(tmp_path, {"step": step})
+        checkpoint.save_state(tmp_path, {"step": step, "arguments": arguments, "log_size": 9})
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
@@ -125,6 +125,19 @@ def test_other_arguments_are_listed(tmp_path):
     with pytest.raises(CheckpointError, match=r"(?s)lr: 0.1 there, 0.2 now.*another --out"):
         checkpoint.resume(tmp_path, {"lr": 0.2, "seed": 0, "device": "cuda"})
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+def test_another_runs_checkpoint_begins_a_new_folder_and_only_that(tmp_path):
+    run_folder(tmp_path / "a", {"stage": 1, "lr": 0.1})
+    given = tmp_path / "a" / "checkpoint.pt"
+    fresh = checkpoint.resume(tmp_path / "b", {"stage": 1, "lr": 0.1}, given)
+    assert fresh["step"] == 2 and fresh["log_size"] == 0  # the log stays in a
+    with pytest.raises(CheckpointError, match="lr: 0.1 there, 0.5 now"):
+        checkpoint.resume(tmp_path / "b", {"stage": 1, "lr": 0.5}, given)
+    with pytest.raises(CheckpointError, match="is of stage 1, not 2"):
+        checkpoint.resume(tmp_path / "b", {"stage": 2, "lr": 0.1}, given)
+    run_folder(tmp_path / "b", {"stage": 1, "lr": 0.1}, steps=(7,))
+    assert checkpoint.resume(tmp_path / "b", {"stage": 1, "lr": 0.1}, given)["step"] == 7
 
 
 def test_folders_that_hold_something_else(tmp_path):

@@ -340,6 +340,7 @@ def test_label_of():
     r = {"a": "x", "b": 3, "c": None, "d": "", "e": "  ", "f": " y ", "g": 0, "h": False}
     expected = dict(a="x", b="3", c=None, d=None, e=None, f="y", g="0", h="False", absent=None)
     assert {column: label_of(r, column) for column in expected} == expected
+    assert label_of({"a": float("nan")}, "a") is None
     assert label_of(r, "a+b") == "x + 3" and label_of(r, "b+a") == "3 + x"
     assert label_of(r, "a+b+f") == "x + 3 + y"
     assert label_of(r, "a+c") is label_of(r, "d+a") is label_of(r, "a+absent") is None
@@ -749,3 +750,25 @@ def test_check_counts_frames_as_the_encoder_does(tmp_path, monkeypatch, capsys):
     code, out, _ = check(monkeypatch, capsys, write(tmp_path / "m.jsonl", rows))
     assert code == 1
     assert f"0 good rows, 0.00 h; {len(samples)} bad rows" in out
+
+
+def test_bare_commands_take_fair_speech_if_prepared_and_else_the_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    said = []
+    (tmp_path / "data" / "make_demo.py").write_text("raise SystemExit(1)")
+    with pytest.raises(ManifestError, match="make_demo.py failed"):
+        data.default_corpus(said.append)
+    (tmp_path / "data" / "make_demo.py").write_text(
+        "import pathlib\n"
+        "folder = pathlib.Path(__file__).parent / 'demo'\n"
+        "folder.mkdir()\n"
+        "(folder / 'train.jsonl').write_text('')\n"
+    )
+    assert str(data.default_corpus(said.append)) == "data/demo"
+    assert "SYNTHETIC" in said[-1] and "prepare_fair_speech.py" in said[-1]
+    (tmp_path / "data" / "fair_speech").mkdir()
+    (tmp_path / "data" / "fair_speech" / "train.jsonl").write_text("")
+    said.clear()
+    assert str(data.default_corpus(said.append)) == "data/fair_speech" and not said

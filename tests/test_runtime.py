@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,25 +63,30 @@ def test_a_finite_step_is_adamw_on_the_clipped_gradient():
 
 
 def test_meter_means_leave_skipped_steps_out():
-    meter = runtime.Meter(["loss"], torch.device("cpu"))
+    meter = runtime.Meter(torch.device("cpu"))
+
+    def add(value, done):
+        meter.add({"loss": torch.tensor(value)}, torch.tensor(done))
+
     for value, done in ((1.0, 1.0), (float("nan"), 0.0), (3.0, 1.0), (float("inf"), 0.0)):
-        meter.add([torch.tensor(value)], torch.tensor(done))
+        add(value, done)
     assert meter.skipped_in_a_row() == 1
     assert meter.read() == {"loss": 2.0, "skipped": 2}
-    meter.add([torch.tensor(float("nan"))], torch.tensor(0.0))
+    add(float("nan"), 0.0)
     assert meter.skipped_in_a_row() == 2
     assert meter.read() == {"loss": 0.0, "skipped": 1}
-    meter.add([torch.tensor(5.0)], torch.tensor(1.0))
+    add(5.0, 1.0)
     assert meter.skipped_in_a_row() == 0 and meter.read() == {"loss": 5.0, "skipped": 0}
 
 
 def test_many_skips_in_a_row_stop_the_run_and_name_the_audio():
-    meter = runtime.Meter([], torch.device("cpu"))
-    meter.state[-1] = runtime.TOO_MANY_SKIPS - 1
-    runtime.stop_if_diverged(meter, ["a.wav"])
-    meter.state[-1] = runtime.TOO_MANY_SKIPS
-    with pytest.raises(runtime.UserError, match="a.wav"):
-        runtime.stop_if_diverged(meter, ["a.wav"])
+    meter = runtime.Meter(torch.device("cpu"))
+    heard = [SimpleNamespace(row={"audio_filepath": name}) for name in ("a.wav", "b.wav", "c.wav")]
+    for n in range(runtime.TOO_MANY_SKIPS):
+        runtime.stop_if_diverged(meter, heard, [[0], [1]]) if n else None
+        meter.add({"loss": torch.tensor(float("nan"))}, torch.tensor(0.0))
+    with pytest.raises(runtime.UserError, match=r"held b\.wav$"):
+        runtime.stop_if_diverged(meter, heard, [[0], [1]])
 
 
 def test_log_is_cut_back_to_what_the_checkpoint_vouches_for(tmp_path):

@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jiwer
 import pytest
 import torch
 from conftest import ROOT, run
 
-from fairasr_min.text import normalize
+from fairasr_min import checkpoint
+from fairasr_min.conformer import SIZES
+from fairasr_min.model import ConformerCTC
+from fairasr_min.text import normalize, train_tokenizer
 
 FEW = ["--epochs", 2, "--batch_size", 8, "--num_workers", 0]
 
@@ -38,8 +42,9 @@ def same_tensors(a, b):
 def same_run(a, b):
     """Weights, optimizer, best score and log of two runs are the same."""
     first, second = (torch.load(d / "checkpoint.pt", weights_only=True) for d in (a, b))
-    sizes = [state.pop("log_size") for state in (first, second)]
-    assert same_tensors(first, second) and all(sizes)
+    for state in (first, second):
+        assert state.pop("log_size") > 0 and state.pop("arguments")  # differ in --out
+    assert same_tensors(first, second)
     assert log_of(a) == log_of(b)
     return True
 
@@ -69,7 +74,7 @@ def test_each_stage_says_synthetic_and_what_comes_next(stages):
     out, printed = stages
     assert all("SYNTHETIC" in text for text in printed.values())
     assert "next: python finetune.py --init" in printed["pretrain"]
-    assert "next: python evaluate.py --by ethnicity --model" in printed["finetune"]
+    assert re.search("next: python evaluate.py --model .* --by ethnicity", printed["finetune"])
 
 
 def test_stage_1_logs_both_losses_and_the_adversary(stages):
@@ -147,6 +152,16 @@ def test_audio_prints_the_transcript_of_the_manifest_run(stages, demo):
     assert printed.strip() == row["pred_text"]
 
 
+def test_a_longer_run_replaces_the_result_of_a_shorter_one(demo, tmp_path):
+    command = ["train.py", "--manifest", demo / "train.jsonl", "--out", tmp_path, *FEW]
+    run(*command, "--max_steps", 1)
+    first = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+    run(*command, "--max_steps", 2)
+    second = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+    assert (first["step"], second["step"]) == (1, 2)
+    assert not same_tensors(first["weights"], second["weights"])
+
+
 def test_a_finished_run_is_left_alone_and_other_arguments_are_refused(stages, demo):
     out, _ = stages
     folder = out / "pretrain"
@@ -159,12 +174,25 @@ def test_a_finished_run_is_left_alone_and_other_arguments_are_refused(stages, de
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.is_file()}
 
 
+@pytest.fixture(scope="module")
+def with_dropout(tmp_path_factory):
+    """A model file whose encoder has dropout, which size tiny has not."""
+    path = tmp_path_factory.mktemp("init") / "model.pt"
+    config = replace(SIZES["tiny"], d_model=16, n_layers=1, dropout=0.2, dropout_att=0.1)
+    torch.manual_seed(0)
+    tokenizer, _ = train_tokenizer(["a quick brown fox jumps over the lazy dog's vex wizard"], 99)
+    weights = ConformerCTC(config, tokenizer).state_dict()
+    checkpoint.save_model(path, "ctc", config, weights, tokenizer.model, {}, commit="")
+    return path
+
+
 @pytest.mark.parametrize("precision, workers", [("fp32", 0), ("bf16", 2)])
 def test_stage_1_stopped_in_the_middle_of_an_epoch_goes_on_bitwise(
-    demo, tmp_path, precision, workers
+    demo, tmp_path, with_dropout, precision, workers
 ):
     command = [
-        "train.py", "--manifest", demo / "train.jsonl", "--label", "ethnicity", "gender",
+        "train.py", "--init", with_dropout, "--manifest", demo / "train.jsonl",
+        "--label", "ethnicity", "gender",
         "--epochs", 3, "--batch_size", 8, "--grad_accum", 2, "--save_every", 2,
         "--precision", precision, "--num_workers", workers,
     ]  # fmt: skip
@@ -174,9 +202,9 @@ def test_stage_1_stopped_in_the_middle_of_an_epoch_goes_on_bitwise(
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_stage_2_killed_at_once_goes_on_bitwise(demo, tmp_path):
+def test_stage_2_killed_at_once_goes_on_bitwise(demo, tmp_path, with_dropout):
     command = [
-        "finetune.py", "--init", "none", "--train_manifest", demo / "train.jsonl",
+        "finetune.py", "--init", with_dropout, "--train_manifest", demo / "train.jsonl",
         "--epochs", 4, "--batch_size", 8, "--save_every", 3, "--patience", 9,
     ]  # fmt: skip
     run(*command, "--out", tmp_path / "whole")
@@ -184,8 +212,8 @@ def test_stage_2_killed_at_once_goes_on_bitwise(demo, tmp_path):
     process = subprocess.Popen(
         [sys.executable, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    checkpoint, deadline = tmp_path / "killed" / "checkpoint.pt", time.time() + 120
-    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
+    saved, deadline = tmp_path / "killed" / "checkpoint.pt", time.time() + 120
+    while not saved.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -262,6 +290,18 @@ MISTAKES = {
         r"--size large is not the size",
     ),
     "no GPU's precision": (["train.py", "--device", "cpu", "--precision", "fp16"], r"bf16"),
+    "no batch": (["train.py", "--batch_size", "0"], r"--batch_size: 0: a number from 1 on"),
+    "all audio elsewhere": (
+        ["finetune.py", "--init", "none", "--train_manifest", "{out}/evaluate/hyps.jsonl",
+         "--dev_manifest", "{demo}/dev.jsonl"],
+        r"hyps.jsonl:1: no audio file at .*\n.*hyps.jsonl:2",
+    ),
+    "checkpoint of the other stage": (
+        ["finetune.py", "--init", "none", "--train_manifest", "{demo}/train.jsonl",
+         "--resume_ckpt", "{out}/pretrain/checkpoint.pt"],
+        r"is of stage 1, not 2",
+    ),
+    "audio as a model": (["evaluate.py", "--model", "{audio}"], r"not a PyTorch file"),
     "out is a file": (
         ["train.py", "--manifest", "{demo}/train.jsonl", "--out", "{demo}/train.jsonl"],
         r"is a file; name a folder",
@@ -273,7 +313,8 @@ MISTAKES = {
 def test_a_users_mistake_is_one_message_and_exit_code_2(name, stages, demo, tmp_path):
     out, _ = stages
     command, message = MISTAKES[name]
-    command = [part.format(out=out, demo=demo) for part in command]
+    audio = next(demo.glob("audio/*/*.flac"))
+    command = [part.format(out=out, demo=demo, audio=audio) for part in command]
     said = run(*command, cwd=tmp_path, code=2)
     assert re.search(message, said) and "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
