@@ -32,7 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     # fmt: off
     add("--manifest", metavar="FILE",
         help="what to transcribe (test.jsonl beside the model's training manifest)")
-    add("--model", default=MODEL, metavar="X", help="(%(default)s)")
+    add("--model", default=MODEL, metavar="X", help="model file of stage 2 (%(default)s)")
     add("--predictions", metavar="FILE",
         help="JSON lines with `text` and `pred_text`, instead of a model and a manifest")
     add("--audio", nargs="+", metavar="FILE", help="only print what is said in these files")
@@ -45,12 +45,13 @@ def arguments() -> argparse.ArgumentParser:
     add("--max_bad", type=at_least(0), default=0, metavar="N",
         help="go on without up to this many bad rows (%(default)s)")
     add("--batch_size", type=at_least(1), default=32, metavar="N",
-        help="utterances a process; the texts do not depend on it (%(default)s)")
+        help="utterances per process; the texts do not depend on it (%(default)s)")
     add("--seed", type=at_least(0), default=0, metavar="N", 
         help="recorded; nothing is random here yet")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
         help="of matrix products (%(default)s)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto: a GPU if there is one (%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N",
         help="processes that read audio ahead (%(default)s)")
     # fmt: on

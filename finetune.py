@@ -45,7 +45,7 @@ def arguments() -> argparse.ArgumentParser:
     # fmt: off
     # data
     add("--train_manifest", metavar="FILE",
-        help="(that of stage 1; with --init none: Fair-Speech if prepared, else the demo)")
+        help="(that of the --init file; from scratch: Fair-Speech if prepared, else the demo)")
     add("--dev_manifest", metavar="FILE",
         help="chooses the checkpoint (dev.jsonl beside the training manifest)")
     add("--audio_root", metavar="DIR",
@@ -59,7 +59,8 @@ def arguments() -> argparse.ArgumentParser:
     # choosing the checkpoint
     add("--select", choices=["mean", "worst"], default="mean",
         help="by dev WER over all, or by that of the worst group of --by (%(default)s)")
-    add("--by", metavar="COL", help="group column for --select worst, and shown while training")
+    add("--by", metavar="COL",
+        help="group column for --select worst, which needs it; its worst WER is logged")
     add("--patience", type=at_least(0), default=0, metavar="N",
         help="stop after N epochs without a better one; 0: never (%(default)s)")
     # model and training
@@ -69,15 +70,15 @@ def arguments() -> argparse.ArgumentParser:
     add("--size", choices=list(SIZES),
         help="of the encoder, from scratch (small; demo: tiny)")
     add("--epochs", type=at_least(1), default=50, metavar="N",
-        help="(50; demo: %d)" % DEMO["epochs"])
+        help="passes over the data (50; demo: %d)" % DEMO["epochs"])
     add("--max_steps", type=at_least(0), metavar="N",
         help="stop early after N steps; the learning rate still follows --epochs")
     add("--batch_size", type=at_least(1), default=32, metavar="N",
-        help="utterances a process (32; demo: %d)" % DEMO["batch_size"])
+        help="utterances per process (32; demo: %d)" % DEMO["batch_size"])
     add("--batch_seconds", type=at_least(0.01, float), metavar="F",
-        help="instead of --batch_size: about so many seconds of audio a process")
+        help="instead of --batch_size: about so many seconds of audio per process")
     add("--grad_accum", type=at_least(1), default=1, metavar="N",
-        help="batches a step (%(default)s)")
+        help="batches per step (%(default)s)")
     add("--lr", type=at_least(0, float), default=1e-4, metavar="F",
         help="peak learning rate (1e-4; demo: %g)" % DEMO["lr"])
     add("--min_lr", type=at_least(0, float), default=1e-5, metavar="F",
@@ -92,11 +93,13 @@ def arguments() -> argparse.ArgumentParser:
     add("--resume_ckpt", metavar="FILE",
         help="go on from this checkpoint.pt instead of the one in --out")
     add("--save_every", type=at_least(1), default=500, metavar="N",
-        help="steps between checkpoints, besides one an epoch (%(default)s)")
-    add("--seed", type=at_least(0), default=0, metavar="N")
+        help="steps between checkpoints, besides one per epoch (%(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N",
+        help="of weights, batches, masks and dropout (%(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
         help="of matrix products; loss and features stay fp32 (%(default)s)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto: a GPU if there is one (%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N",
         help="processes that read audio ahead; 4 or more feed a GPU (%(default)s)")
     # fmt: on

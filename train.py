@@ -60,7 +60,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--independent_space", action="store_true",
         help="a projection head of its own for each FSC term, instead of the shared one")
     add("--balance_param", type=at_least(0, float), default=0.1, metavar="F",
-        help="weight of FSC; 0 is plain SimCLR (%(default)s)")
+        help="weight of FSC; 0 is plain SimCLR, without --label (%(default)s)")
     add("--temperature", type=at_least(1e-3, float), default=0.5, metavar="F",
         help="of InfoNCE (%(default)s)")
     add("--fsc_temperature", type=at_least(1e-3, float), default=0.2, metavar="F",
@@ -78,13 +78,13 @@ def arguments() -> argparse.ArgumentParser:
     add("--size", choices=list(SIZES),
         help="of the encoder, from scratch (small; demo: tiny)")
     add("--epochs", type=at_least(1), default=50, metavar="N",
-        help="(50; demo: %d)" % DEMO["epochs"])
+        help="passes over the data (50; demo: %d)" % DEMO["epochs"])
     add("--max_steps", type=at_least(0), metavar="N",
         help="stop early after N steps; the learning rate still follows --epochs")
     add("--batch_size", type=at_least(1), default=32, metavar="N",
-        help="utterances a process; all processes' together are the negatives (%(default)s)")
+        help="utterances per process; all processes' together are the negatives (%(default)s)")
     add("--grad_accum", type=at_least(1), default=1, metavar="N",
-        help="batches a step; adds no negatives (%(default)s)")
+        help="batches per step; adds no negatives (%(default)s)")
     add("--lr", type=at_least(0, float), default=1e-4, metavar="F",
         help="peak learning rate (1e-4; demo: %g)" % DEMO["lr"])
     add("--min_lr", type=at_least(0, float), default=1e-6, metavar="F",
@@ -99,11 +99,13 @@ def arguments() -> argparse.ArgumentParser:
     add("--resume_ckpt", metavar="FILE",
         help="go on from this checkpoint.pt instead of the one in --out")
     add("--save_every", type=at_least(1), default=500, metavar="N",
-        help="steps between checkpoints, besides one an epoch (%(default)s)")
-    add("--seed", type=at_least(0), default=0, metavar="N")
+        help="steps between checkpoints, besides one per epoch (%(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N",
+        help="of weights, batches, masks and dropout (%(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
         help="of matrix products; losses and features stay fp32 (%(default)s)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto: a GPU if there is one (%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N",
         help="processes that read audio ahead; 4 or more feed a GPU (%(default)s)")
     # fmt: on

@@ -9,7 +9,7 @@ leave out what cannot be used (listed) and what lasts over 17.5 s (counted by gr
 
 There is no speaker column in Fair-Speech: the same people are in train, dev and test, and word
 error rates are those of seen speakers. `cluster`, the five labels together, is the nearest
-substitute, and the report resamples by it.
+substitute.
 
 --test_list takes test_manifest.json of the original FairASR repository, and makes exactly its
 clips the test set.
