@@ -4,10 +4,12 @@
         "simclr: --balance_param 0" "fsc 0.1: --independent_space --balance_param 0.1"
 
 Trains stage 1 once for each run and seed (a run that is there already is not repeated), embeds the
-train and test manifests (mean of the encoder's frames), fits a linear probe on the train speakers
-and reports its balanced accuracy on the test speakers; chance is 1 / number of groups. Beside it:
-the same probe on the encoder before any training, and on embeddings from which the span of the
-train groups' mean differences was projected out (a linear erasure, after training).
+train and test manifests (mean of the encoder's frames), fits probes on the train speakers and
+reports their balanced accuracy on the test speakers; chance is 1 / number of groups. The probes are
+linear (logistic regression) and nonlinear (15 nearest neighbours, each group's votes weighted by
+its rarity). Beside them: the same on the encoder before any training, and on embeddings from which
+the span of the train groups' mean differences was projected out (a linear erasure after training,
+which leaves a linear probe nothing by construction, and a nonlinear one perhaps a lot).
 
 Prints a Markdown table: mean over seeds, each seed's value, and the paired difference to the first
 run. Needs scikit-learn.
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -53,6 +56,16 @@ def probe(train: tuple, test: tuple) -> float:
         StandardScaler(), LogisticRegression(class_weight="balanced", C=1.0, max_iter=2000)
     )
     return balanced_accuracy_score(test[1], linear.fit(*train).predict(test[0]))
+
+
+def neighbours(train: tuple, test: tuple, k: int = 15) -> float:
+    """Balanced accuracy on test of the k nearest train embeddings (standardised, Euclidean)."""
+    scale = StandardScaler().fit(train[0])
+    nearest = NearestNeighbors(n_neighbors=k).fit(scale.transform(train[0]))
+    groups, counts = np.unique(train[1], return_counts=True)
+    votes = train[1][nearest.kneighbors(scale.transform(test[0]), return_distance=False)]
+    share = np.stack([(votes == group).mean(1) for group in groups], axis=1) / counts
+    return balanced_accuracy_score(test[1], groups[share.argmax(1)])
 
 
 def erase(train: tuple, test: tuple) -> tuple:
@@ -90,7 +103,8 @@ def main():
 
     def measure(model):
         pair = (embed(model, train), y_train), (embed(model, test), y_test)
-        return probe(*pair), probe(*erase(*pair))
+        erased = erase(*pair)
+        return probe(*pair), neighbours(*pair), probe(*erased), neighbours(*erased)
 
     rows = []
     for run in args.runs:
@@ -112,9 +126,8 @@ def main():
             model = FairASR(payload["config"], 0, False)
             checkpoint.load_weights(model, payload, out, ("encoder", "log_mel"))
             scores.append(measure(model))
-            print(
-                f"{name} seed {seed}: {scores[-1][0]:.3f}, erased {scores[-1][1]:.3f}", flush=True
-            )
+            values = ", ".join(f"{s:.3f}" for s in scores[-1])
+            print(f"{name} seed {seed}: {values}", flush=True)
         rows.append((name, np.array(scores)))
     config = payload["config"]
     scores = []
@@ -125,18 +138,18 @@ def main():
 
     print(f"\nlinear probe for {args.label}, {len(test)} utterances of unseen speakers, ", end="")
     print(f"chance {1 / classes:.3f}\n")
-    print("| run | balanced accuracy | each seed | minus first run (sd) | after linear erasure |")
-    print("|---|---:|---|---:|---:|")
+    header = ["run", "linear probe", "each seed", "minus first run (sd)", "15 neighbours"]
+    print("| " + " | ".join([*header, "erased: linear", "erased: 15 neighbours"]) + " |")
+    print("|---|---:|---|---:|---:|---:|---:|")
     first = rows[0][1][:, 0]
     for name, scores in rows:
         each = ", ".join(f"{s:.3f}" for s in scores[:, 0])
         change = scores[:, 0] - first
         spread = change.std(ddof=1) if len(change) > 1 else float("nan")
         difference = "" if name == rows[0][0] else f"{change.mean():+.3f} ({spread:.3f})"
-        print(
-            f"| {name} | {scores[:, 0].mean():.3f} | {each} | {difference} "
-            f"| {scores[:, 1].mean():.3f} |"
-        )
+        linear, *others = scores.mean(0)
+        print(f"| {name} | {linear:.3f} | {each} | {difference} |", end="")
+        print("".join(f" {value:.3f} |" for value in others))
 
 
 if __name__ == "__main__":
