@@ -2,8 +2,6 @@
 # make test: set up, run all tests
 PYTHON ?= python3
 RUN = .venv/bin/python
-# Threads that wait without spinning: where something else runs too, several times as fast.
-export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo test lint clean
 

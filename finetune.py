@@ -29,7 +29,7 @@ PRETRAINED = "runs/pretrain/pretrained.pt"
 
 # The defaults of the arguments are those of the original's code; README.md says where they are not.
 # On the demo corpus, for two CPU cores, these replace them:
-DEMO = dict(epochs=9, batch_size=16, lr=3e-3, min_lr=3e-5)  # and size tiny
+DEMO = dict(epochs=11, batch_size=16, lr=3e-3, min_lr=3e-5)  # and size tiny
 
 # Masks as NeMo trains its Conformers: five of up to 5 % of the time, two of up to 26 mel bins.
 # Size tiny underfits with so many, and gets fewer (RESULTS.md).
