@@ -8,4 +8,5 @@ PYTHON=${PYTHON:-python}
     "simclr: --balance_param 0" \
     "FSC 0.1: --independent_space --balance_param 0.1" \
     "FSC 1: --independent_space --balance_param 1" \
+    "FSC 10: --independent_space --balance_param 10" \
     "FSC 10, others: --independent_space --balance_param 10 --fsc_positives others"
