@@ -97,7 +97,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--out", default="runs/pretrain", metavar="DIR",
         help="the same command again goes on where it was (%(default)s)")
     add("--resume_ckpt", metavar="FILE",
-        help="go on from this checkpoint.pt instead of the one in --out")
+        help="checkpoint.pt of a run with the same arguments, to go on from in a new --out")
     add("--save_every", type=at_least(1), default=500, metavar="N",
         help="steps between checkpoints, besides one per epoch (%(default)s)")
     add("--seed", type=at_least(0), default=0, metavar="N",

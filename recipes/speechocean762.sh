@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real speech: the three stages on speechocean762 (children's and learners' English, 5.6 hours),
 # hiding gender and age group, with SimCLR alone, in the same space, and in an independent space.
-# The table in RESULTS.md: about 45 minutes on two CPU cores.
+# The table in RESULTS.md: about 25 minutes a row on one CPU core.
 #   bash recipes/speechocean762.sh PATH/TO/speechocean762/manifest.jsonl
 set -euo pipefail
 MANIFEST=$(realpath "${1:?usage: bash recipes/speechocean762.sh MANIFEST (data/README.md says which)}")

@@ -224,21 +224,25 @@ def test_stage_2_killed_at_once_goes_on_bitwise(demo, tmp_path, with_dropout):
     assert models[0]["step"] == models[1]["step"]
 
 
-def test_sigterm_saves_and_says_how_to_go_on(demo, tmp_path):
+def test_sigterm_saves_and_leaves_no_older_result_behind(demo, tmp_path):
+    command = ["train.py", "--manifest", demo / "train.jsonl", "--epochs", 500, "--out", tmp_path]
+    run(*command, "--max_steps", 1)
+    result, deadline = tmp_path / "pretrained.pt", time.time() + 120
+    assert result.exists()
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--manifest", str(demo / "train.jsonl"),
-         "--epochs", "500", "--out", str(tmp_path / "run")],
+        [sys.executable, str(ROOT / command[0]), *map(str, command[1:])],
         stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    while not (tmp_path / "run" / "log.jsonl").exists():
+    while result.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.05)
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "the same command goes on" in printed
-    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
-    assert f"after step {step};" in printed
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert step > 1 and f"after step {step};" in printed
+    assert not result.exists()  # of one step: stage 2 must not pick it up
 
 
 def torchrun(*command, processes=2):
