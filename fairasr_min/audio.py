@@ -4,6 +4,7 @@ Shapes: B batch, S samples at 16 kHz, T frames of 10 ms, F mel bins.
 This is the only file that knows torchaudio and soundfile.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ HOP = 160  # 10 ms
 N_FFT = 512
 N_MELS = 80
 PRE_EMPHASIS = 0.97
+BLOCK = 2**20  # samples of each channel decoded at once
+LARGEST_RATIO = 1500  # of sample rates: resampling by 44,101 / 16,000 needs a filter of gigabytes
 LOG_GUARD = 2.0**-24  # added before the logarithm: digital silence has no logarithm
 
 
@@ -41,27 +44,55 @@ def read_audio(path: str | Path, offset: float = 0.0, seconds: float | None = No
 
     Channels are averaged, other sample rates resampled (band-limited sinc). `offset` and
     `seconds` cut a segment out of a longer recording. Raises AudioError if the file cannot be
-    decoded, is empty, or holds NaN or infinite samples.
+    decoded, is empty or cut short, or holds NaN or infinite samples.
     """
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            first = min(round(offset * rate), file.frames)
-            lead = min(first, rate) if file.format == "MP3" else 0  # its frames need earlier ones
-            if first:
-                file.seek(first - lead)
-            frames = -1 if seconds is None else lead + round(seconds * rate)
-            samples = file.read(frames, dtype="float32", always_2d=True)[lead:]
-    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as error:
-        raise AudioError(f"{path}: not readable as audio ({_reason(error)})") from None
-    if len(samples) == 0:
-        raise AudioError(f"{path}: holds no audio samples")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{path}: holds NaN or infinite samples")
-    waveform = torch.from_numpy(samples).mean(dim=1)
+    blocks = list(_blocks(path, offset, seconds))
+    waveform = torch.from_numpy(np.concatenate([block for _, block in blocks]))
+    rate = blocks[0][0]
     if rate != SAMPLE_RATE:
         waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
     return waveform
+
+
+def loudest_sample(path: str | Path, offset: float = 0.0, seconds: float | None = None) -> float:
+    """Largest absolute sample, 0 for digital silence; decodes everything, little at a time.
+    Raises AudioError wherever read_audio does."""
+    return max(float(abs(block).max()) for _, block in _blocks(path, offset, seconds))
+
+
+def _blocks(path, offset, seconds):
+    """Yield (sample rate, mono float32 samples): one block after another, so that many channels
+    or hours never stand in memory at once. At least one; see read_audio for what is raised."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            if rate // math.gcd(rate, SAMPLE_RATE) > LARGEST_RATIO:
+                raise AudioError(f"{path}: {rate} Hz has no simple ratio to 16 kHz; resample it")
+            first = min(round(offset * rate), file.frames)
+            left = file.frames - first
+            if seconds is not None:
+                left = min(left, round(seconds * rate))
+            if left <= 0:
+                raise AudioError(f"{path}: holds no audio samples")
+            promised, size, lead = left, BLOCK, 0
+            if file.format == "MP3":  # each of its frames needs those before it: read in one go
+                size, lead = left, min(first, rate)
+            if first:
+                file.seek(first - lead)
+            while left > 0:
+                block = file.read(lead + min(left, size), dtype="float32", always_2d=True)[lead:]
+                lead = 0
+                if len(block) == 0:
+                    break
+                if not np.isfinite(block).all():
+                    raise AudioError(f"{path}: holds NaN or infinite samples")
+                left -= len(block)
+                yield rate, block.mean(axis=1)
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as error:
+        raise AudioError(f"{path}: not readable as audio ({_reason(error)})") from None
+    if left > max(0.1 * rate, 0.02 * promised):  # headers of some mp3 files are not exact
+        there = (promised - left) / rate
+        raise AudioError(f"{path}: cut short, {there:.2f} of {promised / rate:.2f} s are there")
 
 
 def _reason(error: Exception) -> str:

@@ -28,7 +28,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fairasr_min.audio import HOP, SAMPLE_RATE, AudioError, audio_seconds, read_audio
+from fairasr_min.audio import (
+    HOP,
+    SAMPLE_RATE,
+    AudioError,
+    audio_seconds,
+    loudest_sample,
+    read_audio,
+)
 from fairasr_min.text import Tokenizer, ctc_min_frames, normalize
 
 ROOT = Path(__file__).resolve().parent.parent  # of the checkout
@@ -46,7 +53,7 @@ class ManifestError(ValueError):
 class Utterance:
     row: dict  # the manifest row as it stands in the file
     line: int
-    path: Path
+    path: str
     text: str  # normalised
     seconds: float
     offset: float | None = None  # start inside a longer recording (NeMo's manifests)
@@ -66,11 +73,13 @@ def read_manifest(
     audio_root: str | Path | None = None,
     text: str = "required",
     show_progress: bool = True,
+    longest: float = LONGEST,
 ) -> tuple[list[Utterance], list[BadRow]]:
     """Every usable utterance of a manifest, and every bad row with its reason.
 
     text: "required" (some words), "optional" (the key must be there; no words are silence), or
-    "unused". Audio headers are read, in parallel; the audio itself is not.
+    "unused". longest: seconds of one utterance. All audio is decoded once, in parallel: what
+    cannot be decoded is known before the first step, not after a night.
     Raises ManifestError if the file cannot be read or holds no row.
     """
     manifest = Path(manifest)
@@ -79,31 +88,56 @@ def read_manifest(
         with open(manifest, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    _read_row(line, number, manifest, audio_root, text, utterances, bad)
+                    _read_row(line, number, manifest, audio_root, text, longest, utterances, bad)
     except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{manifest}: cannot be read ({error})") from None
+        raise ManifestError(f"{manifest}: cannot be read ({error}); UTF-8 is expected") from None
     if not utterances and not bad:
         raise ManifestError(f"{manifest}: holds no rows; expected JSON lines, one utterance each")
+    utterances = _without_repeats(utterances, bad)
 
-    with ThreadPoolExecutor(8) as pool:
-        problems = tqdm(
-            pool.map(_audio_problem, utterances),
-            f"checking {manifest.name}",
-            len(utterances),
-            unit=" clips",
-            leave=False,
-            disable=not (show_progress and sys.stderr.isatty()),
-        )
-        problems = list(problems)
+    def problems_of(part):
+        return [_audio_problem(u, may_be_silent=text == "optional" and not u.text) for u in part]
+
+    parts = [utterances[i : i + 100] for i in range(0, len(utterances), 100)]
+    quiet = not (show_progress and sys.stderr.isatty())
+    bar = tqdm(desc=f"checking {manifest.name}", total=len(utterances), unit=" clips",
+               leave=False, disable=quiet)  # fmt: skip
+    problems = []
+    with ThreadPoolExecutor() as pool, bar:
+        for found in pool.map(problems_of, parts):
+            problems += found
+            bar.update(len(found))
     bad += [BadRow(u.line, why, u.row) for u, why in zip(utterances, problems) if why]
     return [u for u, why in zip(utterances, problems) if not why], sorted(bad, key=lambda b: b.line)
 
 
-def _read_row(line, number, manifest, audio_root, text, utterances, bad):
+def _without_repeats(utterances: list[Utterance], bad: list[BadRow]) -> list[Utterance]:
+    """The first row of each recording, or of each part of one; the others are appended to bad."""
+    first, left = {}, []
+    for u in utterances:
+        recording = u.path if u.offset is None else (u.path, u.offset, u.seconds)
+        line = first.setdefault(recording, u.line)
+        if line == u.line:
+            left.append(u)
+        else:
+            bad.append(BadRow(u.line, f"the same audio as line {line}", u.row))
+    return left
+
+
+def _interned(pairs: list[tuple]) -> dict:
+    """A JSON object whose keys and short values are shared by all rows: half the memory."""
+    return {
+        sys.intern(key): sys.intern(value) if type(value) is str and len(value) < 24 else value
+        for key, value in pairs
+    }
+
+
+def _read_row(line, number, manifest, audio_root, text, longest, utterances, bad):
     """Parse one line; append to utterances or to bad."""
     try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair could not be written
+        row = json.loads(line, object_pairs_hook=_interned)
+        if "\\u" in line:  # half of a surrogate pair could not be written again
+            json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         bad.append(BadRow(number, f"not JSON ({error})", {}))
         return
@@ -119,8 +153,8 @@ def _read_row(line, number, manifest, audio_root, text, utterances, bad):
         return refuse("no audio_filepath")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         return refuse("no duration (a number, in seconds)")
-    if not 0 < seconds <= LONGEST:  # also catches NaN
-        return refuse(f"absurd duration {seconds}; seconds from 0 to {LONGEST:.0f} are expected")
+    if not 0 < seconds <= longest:  # also catches NaN
+        return refuse(f"absurd duration {seconds}; over 0, at most {longest:.0f} s are expected")
     offset = row.get("offset")
     if offset is not None and (
         isinstance(offset, bool) or not isinstance(offset, int | float) or not 0 <= offset < 1e9
@@ -134,7 +168,7 @@ def _read_row(line, number, manifest, audio_root, text, utterances, bad):
             return refuse("empty text")
     path, looked = _find_audio(name, manifest.parent, audio_root)
     if path is None:
-        return refuse(f"no audio file at {' or '.join(map(str, looked))}")
+        return refuse(f"no audio file at {' or '.join(looked)}")
     utterances.append(
         Utterance(row, number, path, words if text != "unused" else "", float(seconds), offset)
     )
@@ -142,18 +176,18 @@ def _read_row(line, number, manifest, audio_root, text, utterances, bad):
 
 def _find_audio(name, folder, audio_root):
     """Absolute, beside the manifest, under audio_root, or by its bare name under audio_root."""
-    places = [folder / name]  # an absolute name replaces the folder
+    places = [os.path.join(folder, name)]  # an absolute name replaces the folder
     if audio_root is not None:
-        bare = Path(name)
-        places += [Path(audio_root) / name] if not bare.is_absolute() else []
-        places += [Path(audio_root) / bare.name]
+        places += [os.path.join(audio_root, name)] if not os.path.isabs(name) else []
+        places += [os.path.join(audio_root, os.path.basename(name))]
+    places = [str(Path(place)) for place in places]  # ./a.wav is a.wav
     for place in places:
-        if os.path.isfile(place):  # Path.is_file raises where a name is too long
+        if os.path.isfile(place):
             return place, places
     return None, places
 
 
-def _audio_problem(utterance: Utterance) -> str | None:
+def _audio_problem(utterance: Utterance, may_be_silent: bool) -> str | None:
     """Why the audio cannot be used, or None; then `seconds` is set to what the file holds."""
     try:
         real = audio_seconds(utterance.path)
@@ -167,6 +201,13 @@ def _audio_problem(utterance: Utterance) -> str | None:
     there = real if utterance.offset is None else min(stated, real - start)
     if round(there * SAMPLE_RATE) < HOP:
         return f"{there * 1000:.1f} ms of audio; less than one frame of 10 ms"
+    try:
+        segment = () if utterance.offset is None else (start, stated)
+        loudest = loudest_sample(utterance.path, *segment)
+    except AudioError as error:
+        return str(error)
+    if loudest == 0 and not may_be_silent:
+        return f"{utterance.path}: digital silence, every sample is 0"
     utterance.seconds = there
     return None
 
@@ -175,13 +216,19 @@ def check_targets(
     utterances: list[Utterance],
     encode: Callable[[str], list[int]],
     samples_to_frames: Callable[[int], int],
+    unknown: int | None = None,
 ) -> list[BadRow]:
-    """The utterances that CTC cannot learn: more units than encoder frames to put them on."""
+    """The utterances that CTC cannot learn: text outside of the units (the id `unknown` stands for
+    it), or more units than encoder frames to put them on."""
     bad = []
     for u in utterances:
-        need = ctc_min_frames(encode(u.text))
+        ids = encode(u.text)
+        need = ctc_min_frames(ids)
         have = samples_to_frames(round(u.seconds * SAMPLE_RATE))
-        if need > have:
+        if unknown in ids:
+            letters = [c for c in dict.fromkeys(u.text) if unknown in encode(c)]
+            bad.append(BadRow(u.line, f"text has {', '.join(letters)}: not in the units", u.row))
+        elif need > have:
             bad.append(BadRow(u.line, f"text needs {need} frames for CTC, audio has {have}", u.row))
     return bad
 
@@ -229,12 +276,20 @@ def count_by_group(rows: list[dict], among: list[dict]) -> list[str]:
 def label_of(row: dict, column: str) -> str | None:
     """The group of a row: a string, or None where it is absent, null, NaN or empty.
 
-    "a+b" crosses two columns: their values joined, None if either is missing.
+    "a+b" crosses two columns: their values joined, None if either is missing. Numbers are written
+    one way: 30, 30.0 and "30" are one group.
     """
-    values = [row.get(name) for name in column.split("+")]
-    if any(v is None or v != v or str(v).strip() == "" for v in values):  # v != v: NaN
-        return None
-    return " + ".join(str(value).strip() for value in values)
+    values = []
+    for name in column.split("+"):
+        value = row.get(name)
+        if isinstance(value, bool):
+            value = str(value).lower()  # as it stands in the file
+        elif isinstance(value, float) and value.is_integer():
+            value = int(value)  # pandas turns whole numbers into 30.0 where one is missing
+        if value is None or value != value or str(value).strip() == "":  # NaN is not itself
+            return None
+        values.append(str(value).strip())
+    return " + ".join(values)
 
 
 def group_columns(rows: list[dict]) -> list[str]:
@@ -251,13 +306,20 @@ def group_columns(rows: list[dict]) -> list[str]:
 
 
 def require_columns(manifest: str | Path, rows: list[dict], columns: list[str]) -> None:
-    """ManifestError that lists the columns there are, if one of `columns` is in no row."""
+    """ManifestError if one of `columns` is in no row (the message lists those there are), or holds
+    lists or objects, which are no groups."""
     names = dict.fromkeys(name for row in rows for name in row)
     for column in columns:
         for name in column.split("+"):
             if name not in names:
                 there = ", ".join(n for n in names if n not in NOT_GROUPS) or "none"
                 raise ManifestError(f"{manifest}: no column {name!r}; columns there are: {there}")
+            for row in rows:
+                if isinstance(value := row.get(name), list | dict):
+                    raise ManifestError(
+                        f"{manifest}: column {name!r} holds {json.dumps(value)[:80]}; "
+                        "groups are words or numbers"
+                    )
 
 
 def label_values(
@@ -268,7 +330,8 @@ def label_values(
 ) -> dict[str, list[str]]:
     """The sorted values of each label column.
 
-    Raises ManifestError for an unknown column and for one with fewer than two values.
+    Raises ManifestError for an unknown column, for one with fewer than two values, and for one
+    with another value in every row.
     """
     require_columns(manifest, [u.row for u in utterances], columns)
     values = {}
@@ -279,6 +342,10 @@ def label_values(
             raise ManifestError(
                 f"{manifest}: column {column!r} has {len(values[column])} value(s); telling "
                 "groups apart needs two or more (--label names another, --balance_param 0 none)"
+            )
+        if len(values[column]) == len(labels) - labels.count(None):
+            raise ManifestError(
+                f"{manifest}: column {column!r} has another value in every row: not a group"
             )
         if len(values[column]) > MANY_VALUES:
             say(f"warning: column {column!r} has {len(values[column])} values; is it a group?")
@@ -313,7 +380,8 @@ def fingerprint(file: str | Path) -> str:
     """SHA-256 of a manifest or model file: a run goes on with what it began with, or not at all.
     Raises ManifestError."""
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        with open(file, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as error:
         raise ManifestError(f"{file}: cannot be read ({error.strerror})") from None
 
@@ -367,25 +435,28 @@ class Batches:
 
     JITTER = 0.1
 
-    def __init__(self, seconds, batch_size: int, seed: int, world: int = 1, batch_seconds=None):
-        """batch_size, batch_seconds: of one process. Raises ManifestError: too few utterances."""
+    def __init__(
+        self, seconds, batch_size: int, seed: int, world: int = 1, batch_seconds=None, smallest=1
+    ):
+        """batch_size, batch_seconds: of one process. smallest: fewest utterances of any batch.
+        Raises ManifestError: too few utterances."""
         self.seconds, self.seed = np.asarray(seconds, dtype=np.float64), seed
-        n = len(self.seconds)
-        if n < world:
-            raise ManifestError(f"{n} utterances cannot be shared by {world} processes")
+        n, smallest = len(self.seconds), max(smallest, world)
+        if n < smallest:
+            raise ManifestError(f"{n} utterance(s): too few; a batch needs {smallest}")
         if batch_seconds:
             sizes, top, budget = [], 0.0, batch_seconds * world
             for longest in np.sort(self.seconds)[::-1]:  # longest first, as in a batch
-                if sizes and (sizes[-1] < world or (sizes[-1] + 1) * top <= budget):
+                if sizes and (sizes[-1] < smallest or (sizes[-1] + 1) * top <= budget):
                     sizes[-1] += 1
                 else:
                     sizes.append(1)
                     top = longest
-            if len(sizes) > 1 and sizes[-1] < world:
+            if len(sizes) > 1 and sizes[-1] < smallest:
                 leftover = sizes.pop()  # first: it moves what [-2] means
                 sizes[-1] += leftover
         else:
-            count = min(math.ceil(n / (batch_size * world)), n // world)
+            count = min(math.ceil(n / (batch_size * world)), n // smallest)
             sizes = [len(part) for part in np.array_split(np.empty(n), count)]
         self.sizes = sizes
 
@@ -454,7 +525,8 @@ class SpeechDataset(Dataset):
             segment = () if u.offset is None else (u.offset, u.seconds)
             waveform = read_audio(u.path, *segment)
         except AudioError as error:
-            return error  # as a value: raised in a worker, it would arrive as a traceback
+            # as a value: raised in a worker, it would arrive as a traceback
+            return AudioError(f"{error}. Line {u.line} of the manifest; changed while we ran?")
         ids = self.tokenizer.encode(u.text) if self.tokenizer else []
         draws = np.random.default_rng([self.seed, epoch, index + 1])  # 0 is that of Batches
         draws = torch.from_numpy(draws.random(self.n_draws, np.float32))
@@ -477,6 +549,13 @@ def collate(items: list) -> Batch | AudioError:
         torch.tensor([len(t) for t in targets]),
         torch.stack(draws),
     )
+
+
+def leave_signals(worker: int) -> None:
+    """For a DataLoader's workers: Ctrl-C and a scheduler's SIGTERM reach them too, but it is the
+    process above that decides, and it needs them for the step at hand."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Share:
@@ -525,6 +604,7 @@ def stream(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=leave_signals,
         generator=torch.Generator(),  # else its making would draw from dropout's random numbers
     )
     for batch in loader:

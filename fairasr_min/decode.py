@@ -9,8 +9,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fairasr_min.audio import AudioError
-from fairasr_min.data import SpeechDataset, Utterance, collate
+from fairasr_min.data import SpeechDataset, Utterance, collate, leave_signals
 from fairasr_min.runtime import World, autocast
+
+LONGEST = 300.0  # seconds in one piece: attention's memory grows with their square, to 4 GB here
 
 
 @torch.no_grad()
@@ -25,16 +27,26 @@ def decode(
     """The text of every utterance, in their order, on every process; greedy, eval mode.
 
     The corpus is dealt out to the processes without repeating or padding, since each utterance
-    is encoded the same whatever its batch. Leaves the model in the mode it was in.
-    Raises AudioError for a file that cannot be decoded.
+    is encoded the same whatever its batch; long ones come in smaller batches. Leaves the model in
+    the mode it was in. Raises AudioError for a file that cannot be decoded.
     """
     was_training = model.training
     model.eval()
-    order = np.argsort([-u.seconds for u in utterances], kind="stable")  # like with like
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    mine = [[(0, int(i)) for i in batch] for batch in batches[world.rank :: world.size]]
+    batches, longest = [], LONGEST
+    for i in np.argsort([-u.seconds for u in utterances], kind="stable"):  # like with like
+        size = len(batches[-1]) if batches else batch_size
+        if size < batch_size and (size + 1) * longest**2 <= LONGEST**2:
+            batches[-1].append((0, int(i)))
+        else:
+            longest = utterances[i].seconds
+            batches.append([(0, int(i))])
+    mine = batches[world.rank :: world.size]
     loader = DataLoader(
-        SpeechDataset(utterances), batch_sampler=mine, collate_fn=collate, num_workers=num_workers
+        SpeechDataset(utterances),
+        batch_sampler=mine,
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=leave_signals,
     )
     quiet = not (world.main and sys.stderr.isatty())
     texts, error = {}, None

@@ -52,10 +52,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
+    @property
+    def unknown(self) -> int:
+        """The id of whatever has no unit."""
+        return self._processor.unk_id()
+
     def decode(self, ids: list[int]) -> str:
         """Text of the units; unknown ones are left out."""
-        unknown = self._processor.unk_id()
-        return self._processor.decode([i for i in ids if i != unknown]).strip()
+        return self._processor.decode([i for i in ids if i != self.unknown]).strip()
 
     def pieces(self) -> list[str]:
         return [self._processor.id_to_piece(i) for i in range(len(self))]

@@ -71,7 +71,7 @@ def test_a_good_row(folder):
     given = row(text="Don\u2019t  SHOUT!", speaker="s1", gender="female", extra={"kept": [1]})
     (u,), bad = read_manifest(write(folder / "m.jsonl", [given]))
     assert bad == []
-    assert u == Utterance(given, 1, folder / "a.wav", "don't shout", 0.5, None)
+    assert u == Utterance(given, 1, str(folder / "a.wav"), "don't shout", 0.5, None)
     escaped = json.dumps(row(text="na\u00efve \U0001f600"))  # a whole pair is one character
     (u,), bad = read_manifest(write(folder / "m.jsonl", [escaped]))
     assert bad == [] and u.text == "na\u00efve"
@@ -135,7 +135,10 @@ def test_a_bad_row_is_named_with_its_line(folder, line, reason):
     (folder / "x.raw").write_bytes(bytes(32000))
     wav(folder / "empty.wav", 0)
     wav(folder / "tiny.wav", 0.009)
-    manifest = write(folder / "m.jsonl", [row(), "", "   ", line, row(text="more")])
+    wav(folder / "good.wav")
+    good = row(audio_filepath="good.wav")
+    first = row(audio_filepath=wav(folder / "first.wav").name)
+    manifest = write(folder / "m.jsonl", [first, "", "   ", line, good])
     utterances, bad = read_manifest(manifest)
     assert [u.line for u in utterances] == [1, 5]
     ((number, why, kept),) = bad
@@ -188,7 +191,7 @@ def test_files_from_other_systems(tmp_path):
     manifest.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
     utterances, bad = read_manifest(manifest)
     assert bad == [] and [u.line for u in utterances] == [1, 3, 5]
-    assert [u.path for u in utterances] == [manifest.parent / name for name in names]
+    assert [u.path for u in utterances] == [str(manifest.parent / name) for name in names]
 
 
 def test_where_audio_is_looked_for(tmp_path):
@@ -200,18 +203,23 @@ def test_where_audio_is_looked_for(tmp_path):
     rows = [row(audio_filepath=name) for name in names + missing]
     manifest = write(tmp_path / "m" / "m.jsonl", rows)
     utterances, bad = read_manifest(manifest, audio_root=tmp_path / "root")
-    assert [u.path for u in utterances] == [beside, beside, under, bare, bare]
+    assert [u.path for u in utterances] == [str(beside), str(under), str(bare)]
     m, root = tmp_path / "m", tmp_path / "root"
     assert [b.reason for b in bad] == [
+        "the same audio as line 1",
+        "the same audio as line 4",
         f"no audio file at {m}/sub/no.wav or {root}/sub/no.wav or {root}/no.wav",
         f"no audio file at /elsewhere/no.wav or {root}/no.wav",
     ]
     utterances, bad = read_manifest(manifest)  # without a root: beside the manifest, absolute
-    assert [u.line for u in utterances] == [1, 2] and [b.line for b in bad] == [3, 4, 5, 6, 7]
+    assert [u.line for u in utterances] == [1] and [b.line for b in bad] == [2, 3, 4, 5, 6, 7]
 
 
 def test_bad_rows_come_in_the_order_of_the_file(folder):
-    rows = [row(), row(duration=9), "no", row(text=""), row(), row(duration=9), "no"]
+    wav(folder / "b.wav")
+    wav(folder / "c.wav")
+    good, cut = row(audio_filepath="b.wav"), row(audio_filepath="c.wav", duration=9)
+    rows = [row(), cut, "no", row(text=""), good, row(), "no"]
     utterances, bad = read_manifest(write(folder / "m.jsonl", rows))
     assert [u.line for u in utterances] == [1, 5]
     assert [b.line for b in bad] == [2, 3, 4, 6, 7]
@@ -219,7 +227,9 @@ def test_bad_rows_come_in_the_order_of_the_file(folder):
 
 def test_a_duration_may_be_rounded(folder):
     wav(folder / "long.wav", 20)
-    stated = [(0.5, "a.wav"), (0.45, "a.wav"), (0.59, "a.wav"), (20.3, "long.wav")]
+    wav(folder / "b.wav")
+    wav(folder / "c.wav")
+    stated = [(0.5, "a.wav"), (0.45, "b.wav"), (0.59, "c.wav"), (20.3, "long.wav")]
     rows = [row(duration=d, audio_filepath=name) for d, name in stated]
     assert read_manifest(write(folder / "m.jsonl", rows))[1] == []
 
@@ -251,7 +261,7 @@ def test_every_accepted_row_can_be_read(tmp_path):
         else:
             rows.append(row(audio_filepath=name, offset=near, duration=rng.uniform(0.001, 0.3)))
     utterances, bad = read_manifest(write(tmp_path / "m.jsonl", rows), text="unused")
-    assert len(utterances) > 30 and len(bad) > 30
+    assert len(utterances) > 20 and len(bad) > 30
     dataset = SpeechDataset(utterances)
     for i in range(len(utterances)):
         item = dataset[0, i]
@@ -338,7 +348,9 @@ def test_drop_long_says_whose():
 
 def test_label_of():
     r = {"a": "x", "b": 3, "c": None, "d": "", "e": "  ", "f": " y ", "g": 0, "h": False}
-    expected = dict(a="x", b="3", c=None, d=None, e=None, f="y", g="0", h="False", absent=None)
+    r |= {"i": 3.0, "j": 3.5, "k": "3"}
+    expected = dict(a="x", b="3", c=None, d=None, e=None, f="y", g="0", h="false", absent=None)
+    expected |= dict(i="3", j="3.5", k="3")
     assert {column: label_of(r, column) for column in expected} == expected
     assert label_of({"a": float("nan")}, "a") is None
     assert label_of(r, "a+b") == "x + 3" and label_of(r, "b+a") == "3 + x"
@@ -406,10 +418,15 @@ def test_one_value_is_no_group(genders):
         label_values("m.jsonl", [utterance(gender=g) for g in genders], ["gender"])
 
 
+def test_a_value_in_every_row_is_no_group():
+    with pytest.raises(ManifestError, match="'x' has another value in every row"):
+        label_values("m.jsonl", [utterance(x=x) for x in (1, 2, 3, None)], ["x"])
+
+
 @pytest.mark.parametrize("n, warned", [(50, False), (51, True)])
 def test_many_values_are_a_warning(n, warned):
     said = []
-    values = label_values("m", [utterance(x=i) for i in range(n)], ["x"], said.append)
+    values = label_values("m", [utterance(x=i % n) for i in range(99)], ["x"], said.append)
     assert len(values["x"]) == n
     assert any("warning" in line and "51" in line for line in said) == warned
 
@@ -552,7 +569,7 @@ def test_batches_by_seconds_hold_about_that_much(world, batch_seconds):
 
 
 def test_too_few_utterances_for_the_processes():
-    with pytest.raises(ManifestError, match="1 utterances cannot be shared by 2 processes"):
+    with pytest.raises(ManifestError, match=r"1 utterance\(s\): too few; a batch needs 2"):
         Batches([1.0], 8, 0, world=2)
     with pytest.raises(ManifestError):
         Batches([], 8, 0)
@@ -678,7 +695,7 @@ def test_workers_change_nothing(speech):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_unreadable_file_is_named(tmp_path, num_workers):
     utterances = [Utterance({}, i, wav(tmp_path / f"{i}.wav"), "", 0.5) for i in range(4)]
-    utterances[2].path.write_text("overwritten after the check")
+    Path(utterances[2].path).write_text("overwritten after the check")
     dataset, batches = SpeechDataset(utterances), Batches([0.5] * 4, 1, 0)
     with pytest.raises(AudioError) as caught:
         list(stream(dataset, batches, 0, 8, num_workers=num_workers))
@@ -701,8 +718,10 @@ def check(monkeypatch, capsys, *arguments):
 
 
 def test_check_says_what_is_wrong(folder):
-    rows = [row(gender=g) for g in ("female", "female", "male")]
-    rows += [row(gender="male", text="far too many words for half a second"), "not json"]
+    names = [wav(folder / f"{i}.wav").name for i in range(4)]
+    rows = [row(gender=g, audio_filepath=n) for g, n in zip(("female", "female", "male"), names)]
+    long = row(gender="male", text="far too many words for half a second", audio_filepath=names[3])
+    rows += [long, "not json"]
     manifest = write(folder / "m.jsonl", rows)
     command = [sys.executable, "-m", "fairasr_min.data", "check", str(manifest)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

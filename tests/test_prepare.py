@@ -223,7 +223,8 @@ def corpus(tmp_path_factory):
     sources = {}
     for seconds, name in [(0.2, "s.wav"), (0.2, "s.flac"), (17.5, "limit.wav"), (17.6, "l.wav")]:
         sources[name] = folder / name
-        soundfile.write(folder / name, np.zeros(int(8000 * seconds), np.int16), 8000)
+        noise = np.random.default_rng(0).integers(-99, 99, int(8000 * seconds), np.int16)
+        soundfile.write(folder / name, noise, 8000)
     rows = rows_of(300)
     for i, row in enumerate(rows):
         name = {0: "l.wav", 1: "l.wav", 2: "s.flac", 3: "limit.wav"}.get(i, "s.wav")
