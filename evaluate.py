@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from fairasr_min import checkpoint, data, report, runtime, wer
-from fairasr_min.audio import AudioError, read_audio
-from fairasr_min.decode import decode
+from fairasr_min.audio import AudioError, audio_seconds, read_audio
+from fairasr_min.decode import LONGEST, decode
 from fairasr_min.runtime import at_least
 from fairasr_min.text import NORMALIZATION, normalize
 
@@ -86,7 +86,9 @@ def transcribe(args, world) -> tuple[list[dict], dict]:
     if args.manifest is None:
         args.manifest = str(Path(trained["train_manifest"]).parent / "test.jsonl")
         args.audio_root = args.audio_root or trained["audio_root"]
-    utterances, bad = data.read_manifest(args.manifest, args.audio_root, "optional", world.main)
+    utterances, bad = data.read_manifest(
+        args.manifest, args.audio_root, "optional", world.main, LONGEST
+    )
     utterances = data.settle(args.manifest, utterances, bad, args.max_bad, world.say)
     data.require_columns(args.manifest, [u.row for u in utterances], args.by)
     hours = sum(u.seconds for u in utterances) / 3600
@@ -137,6 +139,23 @@ def read_predictions(args) -> tuple[list[dict], dict]:
     }
 
 
+def write_all(folder: Path, files: dict[str, str]) -> None:
+    """All files or none of them: an old report beside new hypotheses would mislead.
+    Raises UserError, e.g. on a full disk."""
+    unfinished = {name: folder / f".{name}.unfinished" for name in files}
+    try:
+        for name, content in files.items():
+            unfinished[name].write_text(content, encoding="utf-8")
+    except OSError as error:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
+        raise runtime.UserError(
+            f"{folder} could not be written ({error.strerror}); what was there is as it was"
+        ) from None
+    for name, path in unfinished.items():
+        path.replace(folder / name)
+
+
 def main() -> int:
     args = arguments().parse_args()
     world = runtime.setup(args.device)
@@ -144,6 +163,8 @@ def main() -> int:
     if args.audio:
         model = load_model(args).to(world.device)
         for path in args.audio:
+            if (seconds := audio_seconds(path)) > LONGEST:
+                raise AudioError(f"{path}: {seconds:.0f} s; at most {LONGEST:.0f} s, cut it up")
             text = model.transcribe([read_audio(path)])[0]
             world.say(text if len(args.audio) == 1 else f"{path}: {text}")
         return 0
@@ -170,10 +191,7 @@ def main() -> int:
     }
     if args.predictions:
         del written["hyps.jsonl"]  # it is the input
-    for name, content in written.items():
-        unfinished = out / f".{name}.unfinished"
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(out / name)
+    write_all(out, written)
     print(report.to_text(result))
     print("\nwritten: " + ", ".join(str(out / name) for name in written))
     columns = [c for c in data.group_columns(rows) if c not in args.by]

@@ -20,7 +20,7 @@ import torch
 from fairasr_min import checkpoint, data, losses, runtime, wer
 from fairasr_min.audio import AudioError, SpecAugment
 from fairasr_min.conformer import SIZES
-from fairasr_min.decode import decode
+from fairasr_min.decode import LONGEST, decode
 from fairasr_min.model import ConformerCTC, samples_to_frames
 from fairasr_min.runtime import at_least
 from fairasr_min.text import Tokenizer, normalize, train_tokenizer
@@ -157,6 +157,7 @@ def main() -> int:
         "init_sha256": data.fingerprint(args.init) if initial else None,
     }
     state = checkpoint.resume(out, record, args.resume_ckpt)
+    runtime.agree({**record, "checkpoint": state["step"] if state else None})
 
     # ---- data: every row is checked before anything is computed
     utterances, bad = data.read_manifest(
@@ -168,7 +169,7 @@ def main() -> int:
         tokenizer, units = Tokenizer(initial["tokenizer"]), f"those of {args.init}"
     else:
         tokenizer, units = train_tokenizer([u.text for u in utterances], args.vocab_size)
-    bad += data.check_targets(utterances, tokenizer.encode, samples_to_frames)
+    bad += data.check_targets(utterances, tokenizer.encode, samples_to_frames, tokenizer.unknown)
     utterances = data.settle(args.train_manifest, utterances, bad, args.max_bad, world.say)
     utterances = data.drop_long(utterances, args.max_seconds, world.say)
     config = initial["config"] if initial else SIZES[args.size]
@@ -179,7 +180,9 @@ def main() -> int:
     batches = data.Batches(
         [u.seconds for u in utterances], args.batch_size, args.seed, world.size, args.batch_seconds
     )
-    dev, bad = data.read_manifest(args.dev_manifest, args.audio_root, "required", world.main)
+    dev, bad = data.read_manifest(
+        args.dev_manifest, args.audio_root, "required", world.main, LONGEST
+    )
     dev = data.settle(args.dev_manifest, dev, bad, args.max_bad, world.say)
     if args.by:
         data.require_columns(args.dev_manifest, [u.row for u in dev], [args.by])
@@ -196,14 +199,15 @@ def main() -> int:
         head = ("decoder",) if "decoder.weight" in initial["weights"] else ()
         checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel", *head))
     model.to(world.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
+    # eps: gradients far below 1e-6 are rounding noise, of which 1e-8 makes steps of full size
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, weight_decay=0.01, eps=1e-6, fused=True
+    )
     scaler = runtime.grad_scaler(args.precision, world.device)
     meter = runtime.Meter(world.device, state["meter"] if state else None)
     first, best, since_best = 0, None, 0
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        checkpoint.restore(state, model=model, optimizer=optimizer, scaler=scaler)
         first, best, since_best = state["step"], state["best"], state["since_best"]
     finished = first >= last or bool(args.patience and since_best >= args.patience)
 
@@ -318,8 +322,10 @@ def main() -> int:
         n = step + 1  # steps done
         epoch, left = divmod(n * accum, len(batches))
         ended = left < accum or n == steps  # this step has reached into a new epoch
+        if n % runtime.LOG_EVERY == 0 or n == last:
+            over = n == last and args.precision != "fp16"  # which looks for its scale at first
+            runtime.stop_if_diverged(meter, utterances, recent, over)
         if n % runtime.LOG_EVERY == 0 or n == steps:
-            runtime.stop_if_diverged(meter, utterances, recent)
             means = {"lr": lr, **meter.read()}
             log.write(n, **means)
             bar.show(means)

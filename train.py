@@ -117,6 +117,8 @@ def main() -> int:
     args = parser.parse_args()
     world = runtime.setup(args.device)
     runtime.check_precision(args.precision, world.device)
+    if args.batch_size * world.size == 1:
+        raise runtime.UserError("--batch_size 1: nothing to contrast an utterance with; 2 or more")
 
     # ---- arguments that depend on the corpus or on the model to start from. They are parsed again
     # after set_defaults: a new default gives way to what was typed.
@@ -147,6 +149,7 @@ def main() -> int:
         "init_sha256": data.fingerprint(args.init) if initial else None,
     }
     state = checkpoint.resume(out, record, args.resume_ckpt)
+    runtime.agree({**record, "checkpoint": state["step"] if state else None})
 
     # ---- data: every row is checked before anything is computed
     def load(manifest):
@@ -163,7 +166,7 @@ def main() -> int:
         seconds = [u.seconds for u in utterances]
         return (
             data.SpeechDataset(utterances, args.seed, ids, n_draws=draws),
-            data.Batches(seconds, args.batch_size, args.seed, world.size),
+            data.Batches(seconds, args.batch_size, args.seed, world.size, smallest=2),
         )
 
     train_set, batches = batched(utterances)
@@ -181,14 +184,15 @@ def main() -> int:
         checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel"))
         carried = {k: w for k, w in initial["weights"].items() if k.startswith("decoder.")}
     model.to(world.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
+    # eps: gradients far below 1e-6 are rounding noise, of which 1e-8 makes steps of full size
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, weight_decay=0.01, eps=1e-6, fused=True
+    )
     scaler = runtime.grad_scaler(args.precision, world.device)
     meter = runtime.Meter(world.device, state["meter"] if state else None)
     first = 0
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        checkpoint.restore(state, model=model, optimizer=optimizer, scaler=scaler)
         first = state["step"]
 
     # ---- one batch: two views, one encoder pass, both losses
@@ -295,11 +299,18 @@ def main() -> int:
         n = step + 1  # steps done
         epoch, left = divmod(n * accum, len(batches))
         ended = left < accum or n == steps  # this step has reached into a new epoch
+        if n % runtime.LOG_EVERY == 0 or n == last:
+            over = n == last and args.precision != "fp16"  # which looks for its scale at first
+            runtime.stop_if_diverged(meter, utterances, recent, over)
         if n % runtime.LOG_EVERY == 0 or n == steps:
-            runtime.stop_if_diverged(meter, utterances, recent)
             means = {"lr": lr, **meter.read()}
             log.write(n, **means)
             bar.show(means)
+            if 0 < means["grad_norm"] < 1e-5:  # all views alike: nothing pulls them apart again
+                raise runtime.UserError(
+                    f"by step {n} the encoder has collapsed: the gradient's norm is "
+                    f"{means['grad_norm']:.1g}. Try a lower --lr (in another --out)"
+                )
         if ended and dev_set:
             seen = watch_dev()
             log.write(n, epoch=epoch, **seen)

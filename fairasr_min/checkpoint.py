@@ -9,17 +9,24 @@ import os
 import pickle
 import sys
 import warnings
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from fairasr_min.conformer import ConformerConfig
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from fairasr_min.conformer import Conformer, ConformerConfig
 from fairasr_min.model import ConformerCTC
 from fairasr_min.text import NORMALIZATION, Tokenizer
 
 FORMAT = 1
 MAY_DIFFER = {"out", "device", "max_steps", "num_workers", "resume_ckpt"}  # when resuming
+_locks = []  # open files: closing one would give its folder free
 OURS = ("pretrained.pt", "model.pt", "checkpoint.pt", "previous.pt", "log.jsonl")
 
 
@@ -42,12 +49,17 @@ def save(path: str | Path, payload: dict) -> None:
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written ({error}); nothing was lost") from None
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path} could not be written ({reason}); what was there before is whole. Make room, "
+            "and the same command goes on from the last checkpoint"
+        ) from None
 
 
 def load(path: str | Path) -> dict:
     """A file written by save(), tensors on the CPU. Raises CheckpointError."""
     try:
+        _check_members(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             payload = torch.load(path, map_location="cpu", weights_only=True)
@@ -61,6 +73,19 @@ def load(path: str | Path) -> dict:
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a file of this project (format {FORMAT})")
     return payload
+
+
+def _check_members(path: str | Path) -> None:
+    """ValueError if a file in PyTorch's format (a zip archive, nothing compressed) is damaged, or
+    says that it holds more than its own size: memory is only taken for what is really there."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+            raise ValueError("compressed; PyTorch's own files are not")
+        if sum(m.file_size for m in members) > os.path.getsize(path):
+            raise ValueError("says that it holds more than it does")
+        if damaged := archive.testzip():  # reads it once; torch.load looks at no checksum
+            raise ValueError(f"wrong checksum of {damaged}")
 
 
 # ---- model files ---------------------------------------------------------------------------------
@@ -104,12 +129,31 @@ def load_model_file(path: str | Path) -> dict:
         raise CheckpointError(f"{path}: kind {payload.get('kind')!r} is no model file")
     try:
         payload["config"] = ConformerConfig(**payload["config"])
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: made by another version ({error})") from None
-    if payload["normalization"] != NORMALIZATION:
+        _check_sizes(payload["config"], payload["weights"])
+        if payload["kind"] == "ctc" or payload["tokenizer"] is not None:
+            Tokenizer(bytes(payload["tokenizer"]))
         there = payload["normalization"]
+    except Exception as error:  # a file from a stranger may hold anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path}: damaged, or made by another version ({reason})") from None
+    if there != NORMALIZATION:
         print(f"warning: {path} was trained on {there} texts, not {NORMALIZATION}", file=sys.stderr)
     return payload
+
+
+def _check_sizes(config: ConformerConfig, weights: dict[str, torch.Tensor]) -> None:
+    """ValueError if the encoder of this config is not the one of these weights. The file's size
+    bounds that of the weights: a model built after this check takes no more memory."""
+    layers = {name.split(".")[2] for name in weights if name.startswith("encoder.layers.")}
+    if config.n_layers != len(layers):
+        raise ValueError(f"{config.n_layers} layers, and weights of {len(layers)}")
+    with torch.device("meta"):  # shapes without memory
+        expected = Conformer(config).state_dict()
+    for name, weight in expected.items():
+        there = weights.get(f"encoder.{name}")
+        if there is None or there.shape != weight.shape:
+            shape = "missing" if there is None else tuple(there.shape)
+            raise ValueError(f"encoder.{name}: {shape}, expected {tuple(weight.shape)}")
 
 
 def load_weights(model: torch.nn.Module, payload: dict, path: str | Path, parts: tuple) -> None:
@@ -163,7 +207,9 @@ def load_state(path: str | Path) -> dict:
     payload = load(path)
     if payload.get("kind") != "state":
         raise CheckpointError(f"{path}: a model file, not the state of a run; use --init for it")
-    return payload
+    if not isinstance(payload.get("arguments"), dict) or not isinstance(payload.get("step"), int):
+        raise CheckpointError(f"{path}: not the state of a run of this project")
+    return {**payload, "path": path}
 
 
 def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dict | None:
@@ -197,6 +243,7 @@ def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dic
         except CheckpointError as error:
             problems.append(str(error))
             continue
+        _same_arguments(state["arguments"], arguments, folder / name)
         for problem in problems:
             print(f"warning: {problem}; going on from {folder / name}", file=sys.stderr)
         return state
@@ -227,13 +274,47 @@ def _same_arguments(before: dict, now: dict, where: Path | str) -> None:
         )
 
 
+def restore(state: dict, **parts) -> None:
+    """Give model, optimizer, scaler, ... the state that they had. Raises CheckpointError."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{state['path']}: its {name} is of another size or kind ({reason}); "
+                "put back the checkpoint of this run, or begin a new one with another --out"
+            ) from None
+
+
 def start(folder: Path, arguments: dict) -> None:
-    """Make the folder of a new run and write down its arguments. Raises CheckpointError."""
+    """Make the folder of a run, hold it until this process ends, and write down its arguments.
+    Raises CheckpointError, also if another process holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+        for leftover in (*folder.glob(".*.unfinished"), folder / ".checkpoint.fresh"):
+            leftover.unlink(missing_ok=True)  # of a run that was killed
         text = json.dumps(arguments, indent=2) + "\n"
         unfinished = folder / ".args.json.unfinished"
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, folder / "args.json")
     except OSError as error:
-        raise CheckpointError(f"--out {folder}: {error}") from None
+        raise CheckpointError(f"--out {folder}: {error.strerror or error}; mend that") from None
+
+
+def _lock(folder: Path) -> None:
+    """Refuse a second run in the same folder: each would overwrite the other's files."""
+    lock = open(folder / ".lock", "a")
+    _locks.append(lock)
+    if fcntl:
+        try:
+            # of this process, not of its workers: a kill releases it at once
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise CheckpointError(
+                f"--out {folder}: another process is at work there; wait for it or stop it, "
+                "or give another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks

@@ -109,15 +109,43 @@ def _keep_memory() -> None:
 
 def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
     """Call main() -> exit code; a user's mistake becomes its message and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of the data
+    rank = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         code = main()
     except (UserError, *mistakes) as error:
-        rank = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"error: {rank}{error}", file=sys.stderr, flush=True)
-        code = 2
-    if dist.is_initialized() and code != 2:  # after an error the others may wait for us in vain
+        code, message = 2, str(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = str(error).split("\n")[0][:200] or "the system gives no more"
+        code, message = 2, f"out of memory ({reason}); try a smaller --batch_size or --max_seconds"
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        if not (isinstance(error, dist.DistError) or "gloo" in reason or "by peer" in reason):
+            raise
+        code, message = 2, f"lost another process; the cause stands above, or below ({reason})"
+    if code == 2:
+        print(f"error: {rank}{message}", file=sys.stderr, flush=True)
+    elif dist.is_initialized():  # after an error the others may wait for us in vain
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def agree(mine: dict) -> None:
+    """Wait for all processes; UserError if they do not hold the same values, e.g. where --out is
+    not one folder for all of them."""
+    if dist.is_initialized():
+        theirs = [None] * dist.get_world_size()
+        dist.all_gather_object(theirs, mine)
+        for name in mine:
+            values = [one.get(name) for one in theirs]
+            if any(value != values[0] for value in values):
+                raise UserError(
+                    f"the processes do not agree on {name} ({values}): all of them need the same "
+                    "command, and must see the same files, those in --out included"
+                )
 
 
 @contextmanager
@@ -231,32 +259,50 @@ def update(model, optimizer, scaler, buffers_before, grad_clip: float) -> tuple:
 
 
 class Log:
-    """log.jsonl, and TensorBoard where it is installed. Silent on all processes but the first."""
+    """log.jsonl, and TensorBoard where it is installed. Silent on all processes but the first.
+    Raises UserError where it cannot be written, e.g. on a full disk."""
 
     def __init__(self, folder: Path, world: World, size: int = 0, step: int = 0):
         """size: bytes that the log had at the checkpoint of this step; the rest is cut off."""
-        self.file = self.board = None
+        self.path, self.file, self.board = folder / "log.jsonl", None, None
         if world.main:
-            self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
-            self.file.truncate(size)
-            self.file.seek(size)
-            if SummaryWriter:
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            with self._problems():
+                self.file = open(self.path, "ab", buffering=0)  # nothing left over when killed
+                self.file.truncate(min(size, self.file.tell()))
+                self.file.seek(0, os.SEEK_END)
+                if SummaryWriter:
+                    self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    @contextmanager
+    def _problems(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path} could not be written ({error.strerror or error}); mend that, and the "
+                "same command goes on from the last checkpoint"
+            ) from None
 
     def write(self, step: int, **values) -> None:
-        if self.file:
-            line = {"step": step, **values, "time": round(time.time(), 3)}
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+        """One line; what is not finite becomes null, for which JSON has a word."""
+        if not self.file:
+            return
+        plain = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
+        line = json.dumps({"step": step, **plain, "time": round(time.time(), 3)}) + "\n"
+        with self._problems():
+            if self.file.write(line.encode()) < len(line):
+                raise OSError("only a part of the line")
             for name, value in values.items():
-                if self.board and isinstance(value, int | float):
+                if self.board and value is not None:
                     self.board.add_scalar(name, value, step)
 
     def size(self) -> int:
         """Bytes written so far, all of them on the disk."""
-        if self.file:
+        if not self.file:
+            return 0
+        with self._problems():
             os.fsync(self.file.fileno())
-        return self.file.tell() if self.file else 0
+        return self.file.tell()
 
 
 class Meter:
@@ -332,16 +378,21 @@ def rounded(values: dict[str, float]) -> str:
 
 
 class Stop:
-    """SIGINT and SIGTERM: finish the step, save, exit. A second one ends the program at once."""
+    """SIGINT and SIGTERM: finish the step, save, exit. Another one, two seconds later or more, ends
+    the program at once; not sooner, for torchrun passes on a Ctrl-C that we got from the terminal.
+    """
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.first = 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if not self.signal:
+            self.signal, self.first = number, time.monotonic()
+        elif time.monotonic() - self.first > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def agreed(self, device: torch.device) -> int:
         """The signal that any process got, or 0; the same answer on all of them."""
@@ -352,13 +403,16 @@ class Stop:
         return int(flag)
 
 
-def stop_if_diverged(meter: Meter, utterances: list, recent: Sequence[list[int]]) -> None:
-    """UserError once many steps in a row were skipped. recent: indices of the last batches."""
-    if (skipped := meter.skipped_in_a_row()) >= TOO_MANY_SKIPS:
+def stop_if_diverged(
+    meter: Meter, utterances: list, recent: Sequence[list[int]], ended: bool = False
+) -> None:
+    """UserError once many steps in a row were skipped, or, where the run has ended, more than one.
+    recent: indices of the last batches."""
+    if (skipped := meter.skipped_in_a_row()) >= (2 if ended else TOO_MANY_SKIPS):
         heard = [utterances[i].row["audio_filepath"] for i in recent[-1]]
         raise UserError(
-            f"{skipped} steps in a row had a non-finite loss or gradient and were skipped; the "
-            "last checkpoint is from before. A lower --lr may help. The last batch held "
+            f"{skipped} steps in a row had a non-finite loss or gradient and were skipped: "
+            "training has diverged. Try a lower --lr (in another --out). The last batch held "
             f"{', '.join(heard[:8])}{', ...' if len(heard) > 8 else ''}"
         )
 
