@@ -24,6 +24,24 @@ def run(*command, cwd=None, code=0, **env):
     return done.stdout if code == 0 else done.stdout + done.stderr
 
 
+def start_torchrun(*command, processes=2):
+    """A script on several processes, as a user starts them."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+         "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+         str(ROOT / command[0]), *map(str, command[1:])],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def torchrun(*command, processes=2):
+    """Exit code, and what all of them printed."""
+    process = start_torchrun(*command, processes=processes)
+    printed, _ = process.communicate(timeout=240)
+    return process.returncode, printed
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """Folder of a demo corpus of 60 + 16 + 40 utterances."""
