@@ -168,10 +168,10 @@ def main() -> int:
         tokenizer, units = Tokenizer(initial["tokenizer"]), f"those of {args.init}"
     else:
         tokenizer, units = train_tokenizer([u.text for u in utterances], args.vocab_size)
-    bad += data.check_targets(utterances, tokenizer.encode, samples_to_frames)
+    config = initial["config"] if initial else SIZES[args.size]
+    bad += data.check_targets(utterances, tokenizer.encode, lambda n: samples_to_frames(n, config))
     utterances = data.settle(args.train_manifest, utterances, bad, args.max_bad, world.say)
     utterances = data.drop_long(utterances, args.max_seconds, world.say)
-    config = initial["config"] if initial else SIZES[args.size]
     augment = AUGMENT_TINY if config == SIZES["tiny"] else AUGMENT
     train_set = data.SpeechDataset(
         utterances, args.seed, tokenizer=tokenizer, n_draws=augment.n_draws
