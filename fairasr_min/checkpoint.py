@@ -1,9 +1,16 @@
 """Files: model files that others read, and checkpoints from which a run goes on.
 
+    python -m fairasr_min.checkpoint info MODEL             # sizes, options, vocabulary
+    python -m fairasr_min.checkpoint export MODEL OUT.nemo  # for NeMo
+
+MODEL, as for --init and --model, is one of our model files, a .nemo archive, the https address of
+either, or a name on Hugging Face such as nvidia/stt_en_conformer_ctc_small.
+
 Everything is plain data, loaded with weights_only=True: a file from a stranger runs no code.
 Everything is written beside its place and moved there when complete: a kill leaves the last one.
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -14,8 +21,10 @@ from pathlib import Path
 
 import torch
 
-from fairasr_min.conformer import ConformerConfig
+from fairasr_min.conformer import Conformer, ConformerConfig
+from fairasr_min.download import DownloadError, local_file
 from fairasr_min.model import ConformerCTC
+from fairasr_min.nemo import NemoError, check_whole, export, read_nemo
 from fairasr_min.text import NORMALIZATION, Tokenizer
 
 FORMAT = 1
@@ -95,11 +104,18 @@ def save_model(
     )
 
 
-def load_model_file(path: str | Path) -> dict:
-    """A model file, checked: config is a ConformerConfig. Raises CheckpointError."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file")
-    payload = load(path)
+def load_model_file(source: str | Path) -> dict:
+    """A model file, checked: config is a ConformerConfig, "path" is where it lies. What others
+    made, a .nemo archive, is given the same form. Raises CheckpointError."""
+    try:
+        path = local_file(source, _check_whole)
+        if path.suffix == ".nemo":
+            about = {"format": FORMAT, "kind": "ctc", "normalization": NORMALIZATION}
+            about |= {"arguments": {}, "labels": {}, "commit": None, "path": path}
+            return {**about, **read_nemo(path)}
+    except (DownloadError, NemoError) as error:
+        raise CheckpointError(str(error)) from None
+    payload = {**load(path), "path": path}
     if payload.get("kind") not in ("encoder", "ctc"):
         raise CheckpointError(f"{path}: kind {payload.get('kind')!r} is no model file")
     try:
@@ -110,6 +126,14 @@ def load_model_file(path: str | Path) -> dict:
         there = payload["normalization"]
         print(f"warning: {path} was trained on {there} texts, not {NORMALIZATION}", file=sys.stderr)
     return payload
+
+
+def _check_whole(path: Path, suffix: str) -> None:
+    """ValueError unless a download, of whatever name, is all that it should be."""
+    if suffix == ".nemo":
+        check_whole(path)
+    else:
+        load(path)
 
 
 def load_weights(model: torch.nn.Module, payload: dict, path: str | Path, parts: tuple) -> None:
@@ -130,9 +154,8 @@ def load_weights(model: torch.nn.Module, payload: dict, path: str | Path, parts:
 
 
 def load_model(source: str | Path) -> ConformerCTC:
-    """A recogniser ready to transcribe (eval mode, CPU) from a stage-2 model file.
-
-    Raises CheckpointError; for a stage-1 file, saying what to run.
+    """A recogniser ready to transcribe (eval mode, CPU) from a model file of stage 2, or whatever
+    else has a CTC head. Raises CheckpointError; for a stage-1 file, saying what to run.
     """
     payload = load_model_file(source)
     if payload["kind"] != "ctc":
@@ -237,3 +260,59 @@ def start(folder: Path, arguments: dict) -> None:
         os.replace(unfinished, folder / "args.json")
     except OSError as error:
         raise CheckpointError(f"--out {folder}: {error}") from None
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def describe(source: str | Path) -> str:
+    """What a model file holds, in lines for people to read. Raises CheckpointError, for what we do
+    not carry too."""
+    payload = load_model_file(source)
+    config = asdict(payload["config"])
+    front_end = config.pop("front_end")
+    with torch.device("meta"):  # counts what tied layers share once
+        encoder = sum(p.numel() for p in Conformer(payload["config"]).parameters())
+    head = sum(w.numel() for k, w in payload["weights"].items() if k.startswith("decoder."))
+    about = {
+        "file": f"{payload['path']} ({payload['kind']}), supported",
+        "parameters": f"{encoder + head:,}: encoder {encoder:,}, CTC head {head:,}",
+        "encoder": ", ".join(f"{k} {v}" for k, v in config.items()),
+        "front end": ", ".join(f"{k} {v}" for k, v in front_end.items()) or "the usual",
+    }
+    if payload["tokenizer"]:
+        pieces = Tokenizer(payload["tokenizer"]).pieces()
+        about["vocabulary"] = f"{len(pieces)} units: {' '.join(pieces[:20])} ..."
+    if payload.get("set_aside"):
+        about["only for training in NeMo, not taken over"] = ", ".join(payload["set_aside"])
+    about |= {k: payload[k] for k in ("labels", "arguments", "commit") if payload.get(k)}
+    return "\n".join(f"{name}: {value}" for name, value in about.items())
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    info = commands.add_parser(
+        "info", help="sizes, options, vocabulary; refuses what we do not carry"
+    )
+    info.add_argument("model", metavar="MODEL")
+    give = commands.add_parser("export", help="write an archive that NeMo reads")
+    give.add_argument("model", metavar="MODEL")
+    give.add_argument("out", metavar="OUT.nemo")
+    args = p.parse_args()
+    try:
+        if args.command == "info":
+            print(describe(args.model))
+        else:
+            export(load_model(args.model), args.out)
+            print(f"{args.out} written: EncDecCTCModelBPE.restore_from({args.out!r}) reads it")
+    except (CheckpointError, NemoError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

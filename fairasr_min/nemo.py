@@ -16,6 +16,7 @@ import os
 import pickletools
 import tarfile
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -64,28 +65,42 @@ def read_nemo(path: str | Path) -> dict:
 
     Takes at most about twice the memory of the weights. Raises NemoError.
     """
-    try:
-        with open(path, "rb") as file:
-            archive = Archive(file)
-            config, name, n_units, set_aside = read_config(archive.read(CONFIG, SMALL).getvalue())
-            tokenizer = archive.read(name, SMALL).getvalue()
-            size = read_tokenizer(name, tokenizer)
-            if n_units not in (-1, size):
-                raise NemoError(f"decoder.num_classes is {n_units}, but {name} has {size} units")
-            weights = read_weights(archive.read(WEIGHTS), config, size)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise NemoError(f"{path}: {error.strerror}") from None
-    except NemoError as error:
-        raise NemoError(f"{path}: {error}") from None
-    except Exception as error:  # tarfile, gzip, zipfile, yaml and torch raise what bytes lead to
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise NemoError(f"{path}: damaged, or not a .nemo archive ({reason})") from None
+    with one_line_errors(path), open(path, "rb") as file:
+        archive = Archive(file)
+        config, name, n_units, set_aside = read_config(archive.read(CONFIG, SMALL).getvalue())
+        tokenizer = archive.read(name, SMALL).getvalue()
+        size = read_tokenizer(name, tokenizer)
+        if n_units not in (-1, size):
+            raise NemoError(f"decoder.num_classes is {n_units}, but {name} has {size} units")
+        weights = read_weights(archive.read(WEIGHTS), config, size)
     return {
         "config": config,
         "weights": weights,
         "tokenizer": tokenizer,
         "set_aside": set_aside,
     }
+
+
+def check_whole(path: str | Path) -> None:
+    """Raises NemoError unless the archive is there to its end; looks at no options."""
+    with one_line_errors(path), open(path, "rb") as file:
+        archive = Archive(file)
+        archive.read(CONFIG, SMALL)
+        check_zip(archive.read(WEIGHTS))
+
+
+@contextmanager
+def one_line_errors(path: str | Path):
+    """Whatever goes wrong with this file inside becomes a NemoError."""
+    try:
+        yield
+    except NemoError as error:
+        raise NemoError(f"{path}: {error}") from None
+    except OSError as error:
+        raise NemoError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # tarfile, gzip, zipfile, yaml and torch raise what bytes lead to
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise NemoError(f"{path}: damaged, or not a .nemo archive ({reason})") from None
 
 
 # ---- the tar file --------------------------------------------------------------------------------
