@@ -456,8 +456,11 @@ def check_shapes(claimed: dict, config: ConformerConfig, n_units: int, n_bytes: 
     }
     if config.n_layers != len(layers):
         raise NemoError(f"encoder.n_layers is {config.n_layers}, but {WEIGHTS} has {len(layers)}")
-    with torch.device("meta"):
-        encoder = Conformer(config)
+    try:
+        with torch.device("meta"):
+            encoder = Conformer(config)
+    except RuntimeError as error:  # more bytes than 64 bits can count
+        raise NemoError(f"weights do not fit {CONFIG}: {str(error).split(' with ')[0]}") from None
     window, n_fft = config.front_end.get("window", WINDOW), config.front_end.get("n_fft", N_FFT)
     expected = {f"encoder.{name}": tuple(w.shape) for name, w in encoder.state_dict().items()}
     expected |= {

@@ -1,21 +1,30 @@
 """NeMo's archives: our numbers against those that NeMo 3.0 recorded, and archives that lie."""
 
+import gzip
 import io
 import json
+import os
+import pickle
+import subprocess
+import sys
 import tarfile
+import zipfile
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT, run
 
-from fairasr_min import nemo
-from fairasr_min.audio import LogMel
-from fairasr_min.conformer import SIZES
+from fairasr_min import checkpoint, nemo
+from fairasr_min.audio import LogMel, read_audio
+from fairasr_min.conformer import SIZES, ConformerConfig
 from fairasr_min.losses import ctc_loss
-from fairasr_min.nemo import CONFIG, WEIGHTS, load_nemo, read_config
-from fairasr_min.text import ctc_collapse
+from fairasr_min.model import ConformerCTC
+from fairasr_min.nemo import CONFIG, WEIGHTS, NemoError, export, load_nemo, read_config
+from fairasr_min.text import ctc_collapse, train_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nemo"
 TINY = FIXTURES / "tiny_conformer_ctc.nemo"
@@ -162,3 +171,429 @@ def test_an_archive_may_be_gzipped_and_of_half_precision(tmp_path, audio):
     assert halved.decoder.weight.dtype == torch.float32
     with torch.no_grad():
         assert torch.allclose(whole(*audio)[0], halved(*audio)[0], atol=0.1)
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        ("encoder", "subsampling", "vggnet"),
+        ("encoder", "subsampling_factor", 3),
+        ("encoder", "self_attention_model", "abs_pos"),
+        ("encoder", "att_context_style", "chunked_limited"),
+        ("encoder", "att_context_size", [-2, 4]),
+        ("encoder", "conv_norm_type", "group_norm8"),
+        ("encoder", "conv_context_size", "causal"),
+        ("encoder", "conv_kernel_size", 8),
+        ("encoder", "causal_downsampling", True),
+        ("encoder", "reduction", "pooling"),
+        ("encoder", "feat_out", 99),
+        ("encoder", "feat_in", 81),
+        ("encoder", "n_heads", 5),
+        ("encoder", "n_layers", "many"),
+        ("encoder", "dropout", "nan"),
+        ("encoder", "something_new", 3),
+        ("preprocessor", "normalize", "per_speaker"),
+        ("preprocessor", "sample_rate", 8000),
+        ("preprocessor", "frame_splicing", 2),
+        ("preprocessor", "exact_pad", True),
+        ("preprocessor", "window", "kaiser"),
+        ("preprocessor", "n_fft", 256),
+        ("preprocessor", "pad_to", "max"),
+        ("preprocessor", "_target_", "nemo.modules.AudioToMFCCPreprocessor"),
+        ("decoder", "add_blank", False),
+        ("tokenizer", "type", "wpe"),
+    ],
+)
+def test_what_we_do_not_carry_is_refused_by_name_and_value(tmp_path, section, key, value):
+    def other(options):
+        options[section][key] = value
+
+    with pytest.raises(NemoError) as error:
+        load_nemo(changed(tmp_path, options=other))
+    line = str(error.value)
+    named = ("d_model", "32") if key == "n_heads" else (f"{section}.{key}", str(value))
+    assert all(word in line for word in named) and "\n" not in line and "changed.nemo" in line
+
+
+def test_all_that_is_refused_is_named_at_once(tmp_path):
+    def other(options):
+        options["encoder"] |= {"subsampling": "stacking", "reduction": "striding"}
+        options["preprocessor"]["mel_norm"] = "htk"
+
+    with pytest.raises(NemoError, match=r"mel_norm 'htk'.*'stacking'.*'striding'"):
+        load_nemo(changed(tmp_path, options=other))
+
+
+def features(waveform, **preprocessor):
+    """Those of LogMel as configured by NeMo's names."""
+    options = yaml.safe_load(member(TINY, CONFIG))
+    options["preprocessor"] |= preprocessor
+    options["encoder"]["feat_in"] = options["preprocessor"]["features"]
+    config = read_config(yaml.safe_dump(options).encode())[0]
+    log_mel = LogMel(config.n_mels, **config.front_end)
+    return log_mel(waveform[None], torch.tensor([len(waveform)]))
+
+
+def test_options_of_the_front_end(audio):
+    """Each against the definition; NeMo's own numbers for them are in RESULTS.md."""
+    wave = audio[0][0, : audio[1][0]]
+    raw, n = features(wave, normalize=None)
+    raw, n = raw[0], int(n)
+    power = features(wave, normalize="NA", log=False)[0][0]
+    assert torch.allclose(raw[:n], torch.log(power + 2.0**-24)[:n])
+    clamped = features(wave, normalize=None, log_zero_guard_type="clamp", log_zero_guard_value=1e-3)
+    assert torch.allclose(clamped[0][0, :n], torch.log(power.clamp(min=1e-3))[:n])
+    smallest = features(torch.zeros(1600), normalize=None, log_zero_guard_value="eps")[0]
+    assert smallest[0, 0, 0].item() == pytest.approx(np.log(2.0**-23))
+    over_all = features(wave, normalize="all_features")[0][0, :n]
+    assert torch.allclose(over_all, (raw[:n] - raw[:n].mean()) / (raw[:n].std() + 1e-5), atol=1e-4)
+    longer, _ = features(wave, pad_to=64, pad_value=-3)
+    assert longer.shape[1] % 64 == 0 and (longer[0, n:] == -3).all()
+    assert torch.allclose(longer[0, :n], features(wave)[0][0, :n])
+    flat = features(wave, preemph=None, normalize=None, log=False, mag_power=1.0)[0][0]
+    window = torch.hann_window(400, periodic=False)
+    frame = torch.nn.functional.pad(window * wave[3 * 160 - 200 : 3 * 160 + 200], (56, 56))
+    assert torch.allclose(flat[3], LogMel().mel @ torch.fft.rfft(frame).abs(), atol=1e-4)
+    coarse, frames = features(
+        wave, window_size=0.032, window_stride="2e-2", features=40, n_fft=None
+    )
+    assert coarse.shape == (1, len(wave) // 320 + 1, 40) and frames == len(wave) // 320
+
+
+# ---- hostile archives ----------------------------------------------------------------------------
+
+
+class Payload:
+    """Writes a file where it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("it-ran", "w"))
+
+
+def special(name, kind=tarfile.REGTYPE, target="", size=0):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, size
+    return info
+
+
+def of_claims(weights, numel):
+    """weights, but their index says that each storage has so many numbers."""
+    index = io.BytesIO(saved(weights))
+    out = io.BytesIO()
+    with zipfile.ZipFile(index) as before, zipfile.ZipFile(out, "w") as after:
+        for entry in before.infolist():
+            content = before.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                content = content.replace(
+                    b"cpuq\x06K\x04", b"cpuq\x06J" + numel.to_bytes(4, "little")
+                )
+                assert numel.to_bytes(4, "little") in content
+            after.writestr(entry, content)
+    return out.getvalue()
+
+
+def zipped_bomb():
+    """A compressed member of 100 MB of zeros."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data/0", bytes(10**8))
+    return out.getvalue()
+
+
+def hostile(tmp_path):
+    """Name of an attack -> (a function that makes the archive, what the message says)."""
+    whole = TINY.read_bytes()
+
+    def written(content):
+        path = tmp_path / "changed.nemo"
+        path.write_bytes(content)
+        return path
+
+    def more(info):
+        return changed(tmp_path, more=[info])
+
+    def config(text):
+        return changed(tmp_path, replaced={CONFIG: text})
+
+    def option(section, key, value):
+        def set_it(options):
+            options["decoder"]["feat_in"] = None
+            options[section][key] = value
+
+        return changed(tmp_path, options=set_it)
+
+    def weights(content):
+        return changed(tmp_path, replaced={WEIGHTS: content})
+
+    def weight(name, change):
+        def set_it(tensors):
+            tensors[name] = change(tensors.get(name))
+
+        return changed(tmp_path, weights=set_it)
+
+    def expanded(tensors):  # a tensor of 10^9 numbers on the bytes of one
+        return {**tensors, "encoder.more": torch.zeros(1).expand(10**9)}
+
+    tokenizer = next(n for n in tarfile.open(TINY).getnames() if n.endswith("tokenizer.model"))[2:]
+    bias = "encoder.layers.0.norm_out.bias"
+    config_bytes = member(TINY, CONFIG)
+    deep = b"[" * 100_000
+    laughs = b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n" + config_bytes
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, 10**10
+    return {
+        "no file": (lambda: tmp_path / "nothing.nemo", "No such file"),
+        "a folder": (lambda: tmp_path, "directory"),
+        "empty": (lambda: written(b""), "not a .nemo archive"),
+        "not a tar": (lambda: written(b"hello " * 1000), "not a .nemo archive"),
+        "truncated": (lambda: written(whole[: len(whole) // 2]), "truncated"),
+        "truncated in the header": (lambda: written(whole[:700]), "not a .nemo archive"),
+        "truncated gzip": (lambda: written(gzip.compress(whole)[:300_000]), "ended before the end"),
+        "gzip bomb": (
+            lambda: written(gzip.compress(special(WEIGHTS, size=10**8).tobuf() + bytes(10**8))),
+            "decompression bomb",
+        ),
+        "a member of 10 GB": (lambda: more(special("big", size=10**10)), "bomb|truncated"),
+        "a header of 10 GB": (
+            lambda: written(header.tobuf(tarfile.GNU_FORMAT) + bytes(4096)),
+            "header of",
+        ),
+        "a sparse member": (
+            lambda: more(special("sparse", tarfile.GNUTYPE_SPARSE)),
+            "damaged|neither a file",
+        ),
+        "path traversal": (lambda: more(special("../../evil")), "leads out"),
+        "absolute path": (lambda: more(special("/tmp/evil")), "leads out"),
+        "symbolic link": (lambda: more(special("x", tarfile.SYMTYPE, "/etc/passwd")), "neither"),
+        "hard link": (lambda: more(special("x", tarfile.LNKTYPE, "./" + WEIGHTS)), "neither"),
+        "device": (lambda: more(special("x", tarfile.CHRTYPE)), "neither"),
+        "two of a name": (lambda: more(special("./" + CONFIG)), "twice"),
+        "2,000 members": (
+            lambda: changed(tmp_path, more=[special(f"m{i}") for i in range(2000)]),
+            "too many",
+        ),
+        "no configuration": (lambda: config(None), "model_config.yaml is missing"),
+        "no weights": (lambda: weights(None), "model_weights.ckpt is missing"),
+        "no tokenizer": (
+            lambda: changed(tmp_path, replaced={tokenizer: None}),
+            "tokenizer.model is missing",
+        ),
+        "tokenizer of noise": (
+            lambda: changed(tmp_path, replaced={tokenizer: b"noise" * 99}),
+            "no sentencepiece model",
+        ),
+        "YAML with a Python tag": (
+            lambda: config(b"!!python/object/apply:os.system ['touch it-ran']"),
+            "could not determine a constructor",
+        ),
+        "YAML of aliases": (lambda: config(laughs), "aliases"),
+        "YAML of a hundred thousand lists": (lambda: config(deep), "lists in more than"),
+        "YAML that is text": (lambda: config(b"hello"), "no settings"),
+        "YAML without sections": (
+            lambda: config(b"target: x.EncDecCTCModelBPE"),
+            "no section 'preprocessor'",
+        ),
+        "another kind of model": (
+            lambda: config(b"target: nemo.collections.asr.models.EncDecRNNTBPEModel"),
+            "target 'EncDecRNNTBPEModel'",
+        ),
+        "configuration of 20 MB": (lambda: config(bytes(20_000_000)), "at most"),
+        "10^9 layers": (lambda: option("encoder", "n_layers", 10**9), "n_layers is 1000000000"),
+        "a model of 10^6": (lambda: option("encoder", "d_model", 10**6), "do not fit"),
+        "a model of 10^9": (lambda: option("encoder", "d_model", 10**9), "do not fit"),
+        "10^9 heads": (lambda: option("encoder", "n_heads", 10**9), "not supported"),
+        "a kernel of 10^9": (
+            lambda: option("encoder", "conv_kernel_size", 10**9 + 1),
+            "do not fit",
+        ),
+        "an FFT of 10^12": (lambda: option("preprocessor", "n_fft", 10**12), "do not fit"),
+        "10^9 classes": (lambda: option("decoder", "num_classes", 10**9), "has 64 units"),
+        "pickle": (lambda: weights(pickle.dumps(Payload())), "damaged"),
+        "pickle in a PyTorch file": (lambda: weights(saved({"x": Payload()})), "would run code"),
+        "old PyTorch format": (
+            lambda: weights(saved({}, _use_new_zipfile_serialization=False)),
+            "older than",
+        ),
+        "compressed weights": (lambda: weights(zipped_bomb()), "decompression bomb"),
+        "weights that are a list": (lambda: weights(saved([torch.zeros(1)])), "no dictionary"),
+        "weights cut off": (lambda: weights(member(TINY, WEIGHTS)[:-2000]), "damaged"),
+        "a claim of 10^9 numbers": (
+            lambda: weights(of_claims({"x": torch.zeros(4)}, 10**9)),
+            "do not fit|n_layers|larger than itself",
+        ),
+        "10^9 numbers on the bytes of one": (
+            lambda: changed(tmp_path, weights=expanded),
+            "larger than itself",
+        ),
+        "another shape": (lambda: weight(bias, lambda w: w[:-1]), "norm_out.bias is \\(31,\\)"),
+        "a weight too many": (lambda: weight("encoder.more", lambda w: torch.zeros(1)), "absent"),
+        "a weight missing": (
+            lambda: changed(tmp_path, weights=lambda w: {k: v for k, v in w.items() if k != bias}),
+            "norm_out.bias is missing",
+        ),
+    }
+
+
+@pytest.mark.parametrize("attack", list(hostile(Path("."))))
+def test_a_hostile_archive_is_one_line(tmp_path, monkeypatch, attack):
+    monkeypatch.chdir(tmp_path)
+    make, message = hostile(tmp_path)[attack]
+    path = make()
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(NemoError, match=message) as error:
+        load_nemo(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert set(tmp_path.rglob("*")) == before, "something was written"
+
+
+def test_every_attack_ends_a_command_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for make, _ in hostile(tmp_path).values():
+        monkeypatch.setattr("sys.argv", ["checkpoint", "info", str(make())])
+        assert checkpoint.main() == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "fairasr_min.checkpoint", "info"),
+        ("evaluate.py", "--audio", "x.wav", "--model"),
+        ("finetune.py", "--train_manifest", "x.jsonl", "--init"),
+        ("train.py", "--manifest", "x.jsonl", "--init"),
+    ],
+    ids=lambda command: command[0].strip("-"),
+)
+def test_scripts_refuse_an_archive_without_a_traceback(tmp_path, command):
+    def other(options):
+        options["encoder"]["subsampling"] = "vggnet"
+
+    path = changed(tmp_path, options=other)
+    (tmp_path / "x.jsonl").write_text("")
+    done = subprocess.run(
+        [sys.executable, *command, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: {path}: not supported: encoder.subsampling 'vggnet'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_memory_stays_about_twice_that_of_the_weights(tmp_path):
+    """The high-water mark of a process of its own, for weights of 100 MB (padding ones)."""
+    config = replace(SIZES["tiny"], d_model=512, n_heads=8, n_layers=4)
+    tokenizer, _ = train_tokenizer(["call mom"], 20)
+    export(ConformerCTC(config, tokenizer), tmp_path / "big.nemo")
+    megabytes = (tmp_path / "big.nemo").stat().st_size / 1e6
+    code = "import resource as r, sys; from fairasr_min.nemo import load_nemo\n"
+    code += "top = lambda: r.getrusage(r.RUSAGE_SELF).ru_maxrss / 1e3\n"
+    code += "before = top(); load_nemo(sys.argv[1]); print(top() - before)"
+    command = [sys.executable, "-c", code, str(tmp_path / "big.nemo")]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert megabytes > 90 and float(out) < 2.3 * megabytes
+
+
+# ---- giving back ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["tiny", "options", "extra"])
+def test_what_is_exported_is_what_was_read(tmp_path, which):
+    model = load_nemo(FIXTURES / f"{which}_conformer_ctc.nemo")
+    export(model, tmp_path / "again.nemo")
+    again = load_nemo(tmp_path / "again.nemo")
+    assert again.config == model.config and again.tokenizer.model == model.tokenizer.model
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+    # each setting that NeMo wrote and that shapes the model is written as it was
+    ours, theirs = (
+        yaml.safe_load(member(path, CONFIG))
+        for path in (tmp_path / "again.nemo", FIXTURES / f"{which}_conformer_ctc.nemo")
+    )
+    theirs["encoder"]["subsampling_conv_channels"] = model.config.subsampling_channels
+    for section in ("preprocessor", "encoder", "decoder"):
+        common = ours[section].keys() & theirs[section].keys()
+        assert len(common) > 3
+        assert {k: ours[section][k] for k in common} == {k: theirs[section][k] for k in common}
+    before, after = (
+        torch.load(io.BytesIO(member(path, WEIGHTS)), weights_only=True)
+        for path in (FIXTURES / f"{which}_conformer_ctc.nemo", tmp_path / "again.nemo")
+    )
+    assert {k: w.shape for k, w in before.items()} == {k: w.shape for k, w in after.items()}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_all_options_of_a_model_of_ours_survive(tmp_path):
+    tokenizer, _ = train_tokenizer(["call mom", "don't stop"], 50)
+    front_end = {
+        "window": 1001, "hop": 321, "n_fft": 1024, "window_type": "hamming", "low_freq": 50.0,
+        "high_freq": 7000.0, "mel_norm": None, "pre_emphasis": 0.0, "mag_power": 1.0, "log": False,
+        "log_guard": 1e-5, "log_guard_type": "clamp", "normalize": "none", "pad_to": 8,
+        "pad_value": -1.0,
+    }  # fmt: skip
+    config = ConformerConfig(
+        n_mels=20, d_model=12, n_layers=1, n_heads=3, ff_expansion=2, conv_kernel=5,
+        subsampling_channels=4, dropout=0.2, dropout_att=0.3, subsampling_factor=2,
+        depthwise_subsampling=True, xscaling=False, use_bias=False, tied_position_biases=True,
+        conv_norm="layer_norm", att_context=(3, 0), dropout_pre_encoder=0.0, dropout_emb=0.4,
+        front_end=front_end,
+    )  # fmt: skip
+    usual = ConformerConfig()
+    assert all(getattr(config, f.name) != getattr(usual, f.name) for f in fields(config))
+    export(ConformerCTC(config, tokenizer), tmp_path / "ours.nemo")
+    assert load_nemo(tmp_path / "ours.nemo").config == config
+
+
+def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.nemo"
+    path.write_text("precious")
+    with pytest.raises(NemoError, match="without a tokenizer"):
+        export(ConformerCTC(SIZES["tiny"], vocab_size=5), path)
+    model = load_nemo(TINY)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NemoError, match="No space left"):
+        export(model, path)
+    assert path.read_text() == "precious" and list(tmp_path.iterdir()) == [path]
+
+
+# ---- all three stages ----------------------------------------------------------------------------
+
+
+def test_the_stages_start_from_an_archive_and_carry_its_head_and_units(demo, tmp_path):
+    archive = FIXTURES / "options_conformer_ctc.nemo"
+    train, test = demo / "train.jsonl", demo / "test.jsonl"
+    run(
+        "train.py",
+        "--manifest",
+        train,
+        "--init",
+        archive,
+        "--max_steps",
+        0,
+        "--out",
+        tmp_path / "a",
+    )
+    stage1 = checkpoint.load_model_file(tmp_path / "a" / "pretrained.pt")
+    whole = load_nemo(archive)
+    assert stage1["kind"] == "encoder" and stage1["config"] == whole.config
+    assert stage1["tokenizer"] == whole.tokenizer.model
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(stage1["weights"][name], weight)
+    once = ("--max_steps", 1, "--lr", 0, "--max_bad", 60)
+    pretrained = tmp_path / "a" / "pretrained.pt"
+    run("finetune.py", "--init", pretrained, *once, "--out", tmp_path / "b")
+    run("finetune.py", "--init", archive, "--train_manifest", train, *once, "--out", tmp_path / "c")
+    for folder in ("b", "c"):
+        tuned = checkpoint.load_model(tmp_path / folder / "model.pt")
+        assert tuned.config == whole.config and tuned.tokenizer.model == whole.tokenizer.model
+        assert torch.equal(tuned.decoder.weight, whole.decoder.weight)
+    run("evaluate.py", "--model", archive, "--manifest", test, "--out", tmp_path / "d")
+    rows = [json.loads(line) for line in (tmp_path / "d" / "hyps.jsonl").open()]
+    waveform = read_audio(demo / rows[0]["audio_filepath"])
+    assert rows[0]["pred_text"] == whole.transcribe([waveform])[0]
