@@ -29,7 +29,7 @@ from fairasr_min.text import Tokenizer
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 PIECE = 2**20  # bytes read at once; no header of a tar file is longer
-SMALL = 2**24  # bytes: the largest configuration, tokenizer, or index of the weights
+SMALL = 2**22  # bytes: the largest configuration, tokenizer, or index of the weights
 MEMBERS = 1000
 UNPACKED = 20  # bytes out of a byte of gzip; trained weights hardly shrink, a bomb gives 1,000
 DEPTH = 30  # of lists in lists in the configuration
@@ -70,7 +70,7 @@ def read_nemo(path: str | Path) -> dict:
         config, name, n_units, set_aside = read_config(archive.read(CONFIG, SMALL).getvalue())
         tokenizer = archive.read(name, SMALL).getvalue()
         size = read_tokenizer(name, tokenizer)
-        if n_units not in (-1, size):
+        if n_units > 0 and n_units != size:
             raise NemoError(f"decoder.num_classes is {n_units}, but {name} has {size} units")
         weights = read_weights(archive.read(WEIGHTS), config, size)
     return {
@@ -95,12 +95,17 @@ def one_line_errors(path: str | Path):
     try:
         yield
     except NemoError as error:
-        raise NemoError(f"{path}: {error}") from None
+        reason = str(error)
     except OSError as error:
-        raise NemoError(f"{path}: {error.strerror or error}") from None
+        reason = error.strerror or str(error)
     except Exception as error:  # tarfile, gzip, zipfile, yaml and torch raise what bytes lead to
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise NemoError(f"{path}: damaged, or not a .nemo archive ({reason})") from None
+        reason = f"damaged, or not a .nemo archive ({reason})"
+    else:
+        return
+    # names in the archive may hold anything, also what a terminal obeys
+    printable = "".join(c if c.isprintable() else "?" for c in reason)
+    raise NemoError(f"{path}: {printable[:1000]}")
 
 
 # ---- the tar file --------------------------------------------------------------------------------
@@ -196,7 +201,7 @@ class Section:
             number = float(default if value is None else value)
             if low <= number <= high and math.isfinite(number) and number == kind(number):
                 return kind(number)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
         self.refuse(key, value, f"{kind.__name__} from {low:g} to {high:g}")
         return kind(default or max(low, 1))
@@ -234,8 +239,8 @@ def read_yaml(text: bytes) -> dict:
 
 
 def read_config(text: bytes) -> tuple[ConformerConfig, str, int, list[str]]:
-    """model_config.yaml -> architecture, member with the sentencepiece model, number of units (-1:
-    as many as that has), and the settings for training which our scripts do not take over.
+    """model_config.yaml -> architecture, member with the sentencepiece model, number of units (0 or
+    less: as many as that has), and the settings for training that our scripts do not take over.
     Raises NemoError with everything that we do not carry."""
     config = read_yaml(text)
     refused, set_aside = [], []
@@ -263,6 +268,8 @@ def read_config(text: bytes) -> tuple[ConformerConfig, str, int, list[str]]:
 
     if config.get("sample_rate", SAMPLE_RATE) != SAMPLE_RATE:
         refused.append(f"sample_rate {config['sample_rate']!r} (carried: {SAMPLE_RATE})")
+    if config.get("ctc_reduction", "mean_batch") != "mean_batch":
+        set_aside.append(f"ctc_reduction {str(config['ctc_reduction'])[:80]}")
     if refused:
         raise NemoError("not supported: " + "; ".join(refused))
     return encoder, tokenizer, n_units, set_aside
@@ -307,7 +314,7 @@ def read_front_end(s: Section) -> tuple[int, dict]:
         "normalize": s.choice(
             "normalize", "per_feature", "per_feature", "all_features", "NA", None
         ),
-        "pad_to": s.number("pad_to", 16, 0, PIECE),
+        "pad_to": s.number("pad_to", 16, 0, 1024),
         "pad_value": s.number("pad_value", 0.0, -math.inf, math.inf, float),
     }
     if options["normalize"] in ("NA", None):
