@@ -32,7 +32,9 @@ def arguments() -> argparse.ArgumentParser:
     # fmt: off
     add("--manifest", metavar="FILE",
         help="what to transcribe (test.jsonl beside the model's training manifest)")
-    add("--model", default=MODEL, metavar="X", help="model file of stage 2 (%(default)s)")
+    add("--model", default=MODEL, metavar="X", 
+        help="model file of stage 2, .nemo archive, its https address or Hugging Face name "
+             "(%(default)s)")
     add("--predictions", metavar="FILE",
         help="JSON lines with `text` and `pred_text`, instead of a model and a manifest")
     add("--audio", nargs="+", metavar="FILE", help="only print what is said in these files")
@@ -80,12 +82,16 @@ def load_model(args):
 
 def transcribe(args, world) -> tuple[list[dict], dict]:
     """The manifest's rows with `pred_text`, and what made them."""
-    model = load_model(args).to(world.device)
+    with runtime.first_process_first(world):  # which may have to download it
+        model = load_model(args).to(world.device)
     about = checkpoint.load_model_file(args.model)
-    trained = about["arguments"]
-    if args.manifest is None:
+    trained = about["arguments"]  # none in a .nemo archive
+    if args.manifest is None and trained:
         args.manifest = str(Path(trained["train_manifest"]).parent / "test.jsonl")
         args.audio_root = args.audio_root or trained["audio_root"]
+    elif args.manifest is None:
+        with runtime.first_process_first(world):
+            args.manifest = str(data.default_corpus(world.say) / "test.jsonl")
     utterances, bad = data.read_manifest(
         args.manifest, args.audio_root, "optional", world.main, LONGEST
     )
@@ -99,11 +105,11 @@ def transcribe(args, world) -> tuple[list[dict], dict]:
     return rows, {
         "manifest": args.manifest,
         "model": args.model,
-        "model_sha256": data.fingerprint(args.model),
+        "model_sha256": data.fingerprint(about["path"]),
         "model_commit": about["commit"],
         "manifest_sha256": data.fingerprint(args.manifest),
         "precision": args.precision,
-        "trained_on": trained["train_manifest"],
+        "trained_on": trained.get("train_manifest"),
         "bad_rows_left_out": len(bad),
     }
 

@@ -65,8 +65,9 @@ def arguments() -> argparse.ArgumentParser:
         help="stop after N epochs without a better one; 0: never (%(default)s)")
     # model and training
     add("--init", default=PRETRAINED, metavar="X",
-        help="model file to start from, which fixes size (and units, if it has a CTC head); "
-             "none: from scratch (%(default)s)")
+        help="model to start from, which fixes size (and units, if it has a CTC head): a file of "
+             "ours, a .nemo archive, its https address or Hugging Face name; none: from scratch "
+             "(%(default)s)")
     add("--size", choices=list(SIZES),
         help="of the encoder, from scratch (small; demo: tiny)")
     add("--epochs", type=at_least(1), default=50, metavar="N",
@@ -118,24 +119,26 @@ def main() -> int:
     # after set_defaults: a new default gives way to what was typed.
     initial = None
     if args.init != "none":
-        if not Path(args.init).exists():
+        if args.init == PRETRAINED and not Path(args.init).exists():
             raise runtime.UserError(
                 f"{args.init} is not there: run stage 1 first (python train.py "
                 "--independent_space --balance_param 0.1), or give --init none to do without"
             )
-        initial = checkpoint.load_model_file(args.init)
-        before = initial["arguments"]
-        if args.train_manifest is None:
+        with runtime.first_process_first(world):  # which may have to download it
+            initial = checkpoint.load_model_file(args.init)
+        before = initial["arguments"]  # none in a .nemo archive
+        if args.train_manifest is None and before:
             parser.set_defaults(
                 train_manifest=before.get("train_manifest") or before.get("manifest"),
                 dev_manifest=before.get("dev_manifest"),
                 audio_root=before.get("audio_root"),
             )
-    elif args.train_manifest is None:
+    args = parser.parse_args()
+    if args.train_manifest is None:
         with runtime.first_process_first(world):
             corpus = data.default_corpus(world.say)
         parser.set_defaults(train_manifest=str(corpus / "train.jsonl"))
-    args = parser.parse_args()
+        args = parser.parse_args()
     demo = data.is_demo(args.train_manifest)
     if demo:
         parser.set_defaults(**DEMO)
@@ -154,7 +157,7 @@ def main() -> int:
         "processes": world.size,
         "manifest_sha256": data.fingerprint(args.train_manifest),
         "dev_sha256": data.fingerprint(args.dev_manifest),
-        "init_sha256": data.fingerprint(args.init) if initial else None,
+        "init_sha256": data.fingerprint(initial["path"]) if initial else None,
     }
     state = checkpoint.resume(out, record, args.resume_ckpt)
     runtime.agree({**record, "checkpoint": state["step"] if state else None})
@@ -169,10 +172,12 @@ def main() -> int:
         tokenizer, units = Tokenizer(initial["tokenizer"]), f"those of {args.init}"
     else:
         tokenizer, units = train_tokenizer([u.text for u in utterances], args.vocab_size)
-    bad += data.check_targets(utterances, tokenizer.encode, samples_to_frames, tokenizer.unknown)
+    config = initial["config"] if initial else SIZES[args.size]
+    bad += data.check_targets(
+        utterances, tokenizer.encode, lambda n: samples_to_frames(n, config), tokenizer.unknown
+    )
     utterances = data.settle(args.train_manifest, utterances, bad, args.max_bad, world.say)
     utterances = data.drop_long(utterances, args.max_seconds, world.say)
-    config = initial["config"] if initial else SIZES[args.size]
     augment = AUGMENT_TINY if config == SIZES["tiny"] else AUGMENT
     train_set = data.SpeechDataset(
         utterances, args.seed, tokenizer=tokenizer, n_draws=augment.n_draws

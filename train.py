@@ -11,9 +11,9 @@ to hide them:
     z_rev = g(reverse(h)), or a head of its own   FSC(z_rev, labels)
     loss  = InfoNCE + balance_param * FSC
 
-The original continues an encoder that was trained to recognise speech; here --init takes a model
-file, and without it training starts from scratch. Writes runs/pretrain/pretrained.pt, which
-finetune.py picks up. Kim et al., "FairASR", Interspeech 2025.
+The original continues an encoder that was trained to recognise speech (here: --init
+nvidia/stt_en_conformer_ctc_small); without --init training starts from scratch. Writes
+runs/pretrain/pretrained.pt, which finetune.py picks up. Kim et al., "FairASR", Interspeech 2025.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def arguments() -> argparse.ArgumentParser:
         help="which views are masked (%(default)s, the paper's choice)")
     # model and training
     add("--init", default="none", metavar="X",
-        help="model file to start from, which fixes the size; none: from scratch (%(default)s)")
+        help="model to start from, which fixes the size: a file of ours, a .nemo archive, its "
+             "https address or Hugging Face name; none: from scratch (%(default)s)")
     add("--size", choices=list(SIZES),
         help="of the encoder, from scratch (small; demo: tiny)")
     add("--epochs", type=at_least(1), default=50, metavar="N",
@@ -134,7 +135,8 @@ def main() -> int:
         args.dev_manifest = str(Path(args.manifest).parent / "dev.jsonl")
     initial = None
     if args.init != "none":
-        initial = checkpoint.load_model_file(args.init)
+        with runtime.first_process_first(world):  # which may have to download it
+            initial = checkpoint.load_model_file(args.init)
         if args.size and SIZES[args.size] != initial["config"]:
             raise runtime.UserError(f"--size {args.size} is not the size of {args.init}; drop it")
     else:
@@ -146,7 +148,7 @@ def main() -> int:
         **vars(args),
         "processes": world.size,
         "manifest_sha256": data.fingerprint(args.manifest),
-        "init_sha256": data.fingerprint(args.init) if initial else None,
+        "init_sha256": data.fingerprint(initial["path"]) if initial else None,
     }
     state = checkpoint.resume(out, record, args.resume_ckpt)
     runtime.agree({**record, "checkpoint": state["step"] if state else None})
@@ -236,7 +238,7 @@ def main() -> int:
     aim = f"hiding {values}" if values else "plain SimCLR"
     origin = args.init if initial else f"scratch, size {args.size}"
     if args.size == "small":
-        origin += " (the paper starts from stt_en_conformer_ctc_small, not readable here yet)"
+        origin += " (the paper: --init nvidia/stt_en_conformer_ctc_small)"
     world.say(
         f"stage 1: {args.manifest}{' (SYNTHETIC)' if synthetic else ''}, "
         f"{len(utterances):,} utterances, {hours:.2f} h; {aim}\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 import torchaudio.functional
 from torch import nn
 
@@ -110,13 +111,40 @@ class LogMel(nn.Module):
     The filter matrix and the window are buffers, so that a checkpoint carries its own.
     """
 
-    def __init__(self, n_mels: int = N_MELS):
+    def __init__(
+        self,
+        n_mels: int = N_MELS,
+        *,
+        window: int = WINDOW,  # samples
+        hop: int = HOP,  # samples
+        n_fft: int = N_FFT,
+        window_type: str = "hann",  # or hamming, blackman, bartlett
+        low_freq: float = 0.0,  # Hz, of the mel bins
+        high_freq: float = SAMPLE_RATE / 2,
+        mel_norm: str | None = "slaney",  # triangles of equal area; None: of equal height
+        pre_emphasis: float = PRE_EMPHASIS,  # 0: none
+        mag_power: float = 2.0,  # 1: magnitudes instead of power
+        log: bool = True,
+        log_guard: float = LOG_GUARD,
+        log_guard_type: str = "add",  # or clamp
+        normalize: str = "per_feature",  # or all_features: one mean and variance; or none
+        pad_to: int = 0,  # T is filled up to a multiple of this; 0: it is not
+        pad_value: float = 0.0,
+    ):
+        """Raises ValueError for lengths that make no sense."""
         super().__init__()
+        if not (0 < hop <= window <= n_fft and 0 <= pad_to <= 1024):
+            raise ValueError(f"window {window}, hop {hop}, n_fft {n_fft}, pad_to {pad_to}")
         mel = torchaudio.functional.melscale_fbanks(
-            N_FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, n_mels, SAMPLE_RATE, "slaney", "slaney"
+            n_fft // 2 + 1, low_freq, high_freq, n_mels, SAMPLE_RATE, mel_norm, "slaney"
         )
         self.register_buffer("mel", mel.T.contiguous())  # (F, 257)
-        self.register_buffer("window", torch.hann_window(WINDOW, periodic=False))  # (400,)
+        make_window = getattr(torch, f"{window_type}_window")
+        self.register_buffer("window", make_window(window, periodic=False))  # (400,)
+        self.hop, self.n_fft = hop, n_fft
+        self.pre_emphasis, self.mag_power = pre_emphasis, mag_power
+        self.log, self.log_guard, self.log_guard_type = log, log_guard, log_guard_type
+        self.normalize, self.pad_to, self.pad_value = normalize, pad_to, pad_value
 
     @torch.no_grad()
     def forward(self, waveforms: torch.Tensor, n_samples: torch.Tensor):
@@ -127,21 +155,35 @@ class LogMel(nn.Module):
         """
         with torch.autocast(waveforms.device.type, enabled=False):
             x = waveforms.float()
-            x = torch.cat([x[:, :1], x[:, 1:] - PRE_EMPHASIS * x[:, :-1]], dim=1)
+            x = torch.cat([x[:, :1], x[:, 1:] - self.pre_emphasis * x[:, :-1]], dim=1)
             x = x.masked_fill(~length_mask(n_samples, x.shape[1]), 0.0)  # also NaN
-            spectrum = torch.stft(
-                x, N_FFT, HOP, WINDOW, self.window, pad_mode="constant", return_complex=True
-            )  # (B, 257, T), centred on multiples of the hop
+            spectrum = torch.stft(  # (B, 257, T), centred on multiples of the hop
+                x, self.n_fft, self.hop, len(self.window), self.window,
+                pad_mode="constant", return_complex=True,
+            )  # fmt: skip
             power = spectrum.real.square() + spectrum.imag.square()
-            x = torch.log(self.mel @ power + LOG_GUARD).transpose(1, 2)  # (B, T, F)
+            x = (self.mel @ power.pow(self.mag_power / 2)).transpose(1, 2)  # (B, T, F)
+            if self.log:
+                clamp = self.log_guard_type == "clamp"
+                x = torch.log(x.clamp(min=self.log_guard) if clamp else x + self.log_guard)
 
-            n_frames = n_samples // HOP
+            n_frames = n_samples // self.hop
             valid = length_mask(n_frames, x.shape[1])[:, :, None]
-            count = n_frames[:, None, None]
-            mean = (x * valid).sum(1, keepdim=True) / count.clamp(min=1)
-            x = (x - mean) * valid
-            variance = x.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
-            return x / (variance.sqrt() + 1e-5), n_frames
+            if self.normalize != "none":
+                x = standardized(x, valid, over=1 if self.normalize == "per_feature" else (1, 2))
+            x = x.masked_fill(~valid, self.pad_value)
+            if self.pad_to:
+                x = F.pad(x, (0, 0, 0, -x.shape[1] % self.pad_to), value=self.pad_value)
+            return x, n_frames
+
+
+def standardized(x: torch.Tensor, valid: torch.Tensor, over: int | tuple[int, int]):
+    """(B, T, F), (B, T, 1) bool -> (B, T, F): mean 0 and variance 1 over the valid frames alone."""
+    count = valid.expand_as(x).sum(over, keepdim=True)
+    mean = (x * valid).sum(over, keepdim=True) / count.clamp(min=1)
+    x = (x - mean) * valid
+    variance = x.square().sum(over, keepdim=True) / (count - 1).clamp(min=1)
+    return x / (variance.sqrt() + 1e-5)
 
 
 class SpecAugment:

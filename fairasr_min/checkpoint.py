@@ -1,9 +1,16 @@
 """Files: model files that others read, and checkpoints from which a run goes on.
 
+    python -m fairasr_min.checkpoint info MODEL             # sizes, options, vocabulary
+    python -m fairasr_min.checkpoint export MODEL OUT.nemo  # for NeMo
+
+MODEL, as for --init and --model, is one of our model files, a .nemo archive, the https address of
+either, or a name on Hugging Face such as nvidia/stt_en_conformer_ctc_small.
+
 Everything is plain data, loaded with weights_only=True: a file from a stranger runs no code.
 Everything is written beside its place and moved there when complete: a kill leaves the last one.
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -20,8 +27,11 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from fairasr_min.audio import N_FFT, LogMel
 from fairasr_min.conformer import Conformer, ConformerConfig
+from fairasr_min.download import DownloadError, local_file
 from fairasr_min.model import ConformerCTC
+from fairasr_min.nemo import NemoError, check_whole, export, read_nemo
 from fairasr_min.text import NORMALIZATION, Tokenizer
 
 FORMAT = 1
@@ -120,11 +130,18 @@ def save_model(
     )
 
 
-def load_model_file(path: str | Path) -> dict:
-    """A model file, checked: config is a ConformerConfig. Raises CheckpointError."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file")
-    payload = load(path)
+def load_model_file(source: str | Path) -> dict:
+    """A model file, checked: config is a ConformerConfig, "path" is where it lies. What others
+    made, a .nemo archive, is given the same form. Raises CheckpointError."""
+    try:
+        path = local_file(source, _check_whole)
+        if path.suffix == ".nemo":
+            about = {"format": FORMAT, "kind": "ctc", "normalization": NORMALIZATION}
+            about |= {"arguments": {}, "labels": {}, "commit": None, "path": path}
+            return {**about, **read_nemo(path)}
+    except (DownloadError, NemoError) as error:
+        raise CheckpointError(str(error)) from None
+    payload = {**load(path), "path": path}
     if payload.get("kind") not in ("encoder", "ctc"):
         raise CheckpointError(f"{path}: kind {payload.get('kind')!r} is no model file")
     try:
@@ -142,8 +159,14 @@ def load_model_file(path: str | Path) -> dict:
 
 
 def _check_sizes(config: ConformerConfig, weights: dict[str, torch.Tensor]) -> None:
-    """ValueError if the encoder of this config is not the one of these weights. The file's size
-    bounds that of the weights: a model built after this check takes no more memory."""
+    """ValueError if encoder and front end of this config are not those of these weights. The file's
+    size bounds that of the weights: a model built after this check takes no more memory."""
+    bins = config.front_end.get("n_fft", N_FFT) // 2 + 1
+    if weights["log_mel.mel"].shape != (config.n_mels, bins):
+        raise ValueError(f"log_mel.mel is not that of {config.n_mels} mel bins")
+    LogMel(config.n_mels, **config.front_end)  # which refuses options that make no sense
+    if config.d_model % config.n_heads or config.conv_kernel % 2 == 0:
+        raise ValueError(f"{config.n_heads} heads, kernel {config.conv_kernel}")
     layers = {name.split(".")[2] for name in weights if name.startswith("encoder.layers.")}
     if config.n_layers != len(layers):
         raise ValueError(f"{config.n_layers} layers, and weights of {len(layers)}")
@@ -154,6 +177,14 @@ def _check_sizes(config: ConformerConfig, weights: dict[str, torch.Tensor]) -> N
         if there is None or there.shape != weight.shape:
             shape = "missing" if there is None else tuple(there.shape)
             raise ValueError(f"encoder.{name}: {shape}, expected {tuple(weight.shape)}")
+
+
+def _check_whole(path: Path, suffix: str) -> None:
+    """ValueError unless a download, of whatever name, is all that it should be."""
+    if suffix == ".nemo":
+        check_whole(path)
+    else:
+        load(path)
 
 
 def load_weights(model: torch.nn.Module, payload: dict, path: str | Path, parts: tuple) -> None:
@@ -174,9 +205,8 @@ def load_weights(model: torch.nn.Module, payload: dict, path: str | Path, parts:
 
 
 def load_model(source: str | Path) -> ConformerCTC:
-    """A recogniser ready to transcribe (eval mode, CPU) from a stage-2 model file.
-
-    Raises CheckpointError; for a stage-1 file, saying what to run.
+    """A recogniser ready to transcribe (eval mode, CPU) from a model file of stage 2, or whatever
+    else has a CTC head. Raises CheckpointError; for a stage-1 file, saying what to run.
     """
     payload = load_model_file(source)
     if payload["kind"] != "ctc":
@@ -318,3 +348,59 @@ def _lock(folder: Path) -> None:
             ) from None
         except OSError:
             pass  # a file system without locks
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def describe(source: str | Path) -> str:
+    """What a model file holds, in lines for people to read. Raises CheckpointError, for what we do
+    not carry too."""
+    payload = load_model_file(source)
+    config = asdict(payload["config"])
+    front_end = config.pop("front_end")
+    with torch.device("meta"):  # counts what tied layers share once
+        encoder = sum(p.numel() for p in Conformer(payload["config"]).parameters())
+    head = sum(w.numel() for k, w in payload["weights"].items() if k.startswith("decoder."))
+    about = {
+        "file": f"{payload['path']} ({payload['kind']}), supported",
+        "parameters": f"{encoder + head:,}: encoder {encoder:,}, CTC head {head:,}",
+        "encoder": ", ".join(f"{k} {v}" for k, v in config.items()),
+        "front end": ", ".join(f"{k} {v}" for k, v in front_end.items()) or "the usual",
+    }
+    if payload["tokenizer"]:
+        pieces = Tokenizer(payload["tokenizer"]).pieces()
+        about["vocabulary"] = f"{len(pieces)} units: {' '.join(pieces[:20])} ..."
+    if payload.get("set_aside"):
+        about["only for training in NeMo, not taken over"] = ", ".join(payload["set_aside"])
+    about |= {k: payload[k] for k in ("labels", "arguments", "commit") if payload.get(k)}
+    return "\n".join(f"{name}: {value}" for name, value in about.items())
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    info = commands.add_parser(
+        "info", help="sizes, options, vocabulary; refuses what we do not carry"
+    )
+    info.add_argument("model", metavar="MODEL")
+    give = commands.add_parser("export", help="write an archive that NeMo reads")
+    give.add_argument("model", metavar="MODEL")
+    give.add_argument("out", metavar="OUT.nemo")
+    args = p.parse_args()
+    try:
+        if args.command == "info":
+            print(describe(args.model))
+        else:
+            export(load_model(args.model), args.out)
+            print(f"{args.out} written: EncDecCTCModelBPE.restore_from({args.out!r}) reads it")
+    except (CheckpointError, NemoError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,7 +40,7 @@ class FairASR(nn.Module):
 
     def __init__(self, config: ConformerConfig, n_adversaries: int, independent_space: bool):
         super().__init__()
-        self.log_mel = LogMel(config.n_mels)
+        self.log_mel = LogMel(config.n_mels, **config.front_end)
         self.encoder = Conformer(config)
         self.head = ProjectionHead(config.d_model)
         self.n_adversaries = n_adversaries
@@ -74,7 +74,7 @@ class ConformerCTC(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.blank = len(tokenizer) if tokenizer else vocab_size
-        self.log_mel = LogMel(config.n_mels)
+        self.log_mel = LogMel(config.n_mels, **config.front_end)
         self.encoder = Conformer(config)
         self.decoder = nn.Linear(config.d_model, self.blank + 1)
 
@@ -109,6 +109,7 @@ class ConformerCTC(nn.Module):
         ]
 
 
-def samples_to_frames(n_samples: int) -> int:
+def samples_to_frames(n_samples: int, config: ConformerConfig = SIZES["small"]) -> int:
     """Encoder frames (40 ms) of so many samples: what CTC has to fit a target into."""
-    return encoder_frames(n_samples // HOP)
+    n_frames = n_samples // config.front_end.get("hop", HOP)
+    return encoder_frames(n_frames, config.subsampling_factor)

@@ -58,8 +58,8 @@ class Tokenizer:
         return self._processor.unk_id()
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the units; unknown ones are left out."""
-        return self._processor.decode([i for i in ids if i != self.unknown]).strip()
+        """Text of the units, as sentencepiece writes it: what is unknown is \u2047."""
+        return self._processor.decode(ids)
 
     def pieces(self) -> list[str]:
         return [self._processor.id_to_piece(i) for i in range(len(self))]
