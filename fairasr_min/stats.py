@@ -317,14 +317,14 @@ def _reach(error: float, t: np.ndarray) -> float:
     return float(np.partition(t, rank)[rank]) * error
 
 
-def _estimate(s: _Studentized, log: bool = False) -> Estimate:
+def _estimate(s: _Studentized, exp_of: float | None = None) -> Estimate:
+    """exp_of: the exact quantity of which s is the logarithm."""
     reach = _reach(s.error, s.t)
     interval = Interval(s.value - reach, s.value + reach) if reach < 500 else None  # e^500
-    value = s.value
-    if log:
+    if exp_of is not None:
         interval = interval and Interval(*map(math.exp, interval))
-        value = math.exp(value) if value < 500 else math.nan  # infinite: a ratio to 0
-    return Estimate(None if math.isnan(value) else value, interval)
+    value = s.value if exp_of is None else float(exp_of)
+    return Estimate(value if math.isfinite(value) else None, interval)
 
 
 def _p_value(s: _Studentized) -> float | None:
@@ -384,13 +384,15 @@ def _over_groups(differences: np.ndarray, groups: int) -> float:
 
 
 def _pairs(d: _Draws, labels: list, places: list[tuple[int, int]], ratios: bool) -> list[Pair]:
-    differences, ratio, p = [], [], []
-    logarithm = _logarithm(d) if ratios else None
+    differences, p, logarithm = [], [], _logarithm(d) if ratios else None
+    ratio = [] if ratios else [UNKNOWN] * len(places)
     for i, j in places:
         s = _studentize(d, i, minus=j)
         differences.append(_estimate(s))
         p.append(_p_value(s))
-        ratio.append(_estimate(_studentize(logarithm, i, minus=j), log=True) if ratios else UNKNOWN)
+        if ratios:
+            exact = d.value[i] / d.value[j] if d.value[j] else math.nan
+            ratio.append(_estimate(_studentize(logarithm, i, minus=j), exp_of=exact))
     names = [(labels[i], labels[j]) for i, j in places]
     return [Pair(*n, *rest) for n, *rest in zip(names, differences, ratio, p, holm(p))]
 
@@ -415,10 +417,11 @@ def rates_by_group(
     pairs = list(combinations(kept, 2))
     (d,) = _bootstrap(counts, counts.errors, draws, seed)
     log = _logarithm(d)
-    *groups, overall = [_estimate(_studentize(log, i), log=True) for i in range(len(log.value))]
+    *groups, overall = [_estimate(_studentize(log, i), exp_of=x) for i, x in enumerate(d.value)]
     macro = gap = deviation = UNKNOWN
     if kept:
-        macro = _estimate(_studentize(_logarithm(_mean(d, kept)), 0), log=True)
+        mean = _mean(d, kept)
+        macro = _estimate(_studentize(_logarithm(mean), 0), exp_of=mean.value[0])
     if pairs:
         gap, deviation = _disparities(*_together(d, pairs), len(kept))
     if reference is not None:
