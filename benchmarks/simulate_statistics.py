@@ -1,6 +1,6 @@
 """Do the intervals and p-values of fairasr_min/stats.py hold what they promise?
 
-    python benchmarks/simulate_statistics.py --simulations 2000
+    python benchmarks/simulate_statistics.py --simulations 1000
     python benchmarks/simulate_statistics.py --scale
 
 All data is SIMULATED. Speaker s of group g says N_s words, log-normal about 150, and makes Poisson
@@ -92,6 +92,7 @@ COVERAGE = {
     "50, few errors": dict(sizes=(50, 50, 50), rates=(0.01, 0.01, 0.02)),
     "200, 50 and 20 speakers": dict(sizes=(200, 50, 20), rates=(0.1, 0.1, 0.2)),
     "50 who are in all groups": dict(sizes=(50, 50, 50), rates=(0.1, 0.1, 0.2), shared=True),
+    "15 who are in all groups": dict(sizes=(15, 15, 15), rates=(0.1, 0.1, 0.2), shared=True),
     "10 speakers a group": dict(sizes=(10, 10, 10), rates=(0.1, 0.1, 0.2)),
     "5 speakers a group": dict(sizes=(5, 5, 5), rates=(0.1, 0.1, 0.2)),
 }
@@ -281,8 +282,8 @@ def scale(seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--simulations", type=int, default=2000, help="data sets a design")
-    parser.add_argument("--draws", type=int, default=1999, help="resamples of each data set")
+    parser.add_argument("--simulations", type=int, default=1000, help="data sets a design")
+    parser.add_argument("--draws", type=int, default=999, help="resamples of each data set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", action="store_true", help="time one million utterances instead")
     args = parser.parse_args()

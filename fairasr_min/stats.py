@@ -178,7 +178,6 @@ class _Draws(NamedTuple):
     error: np.ndarray  # (K,) standard error; its small-sample factor would cancel: left out
     deviation: np.ndarray  # (draws, K) from value; NaN in a draw without words
     errors: np.ndarray  # (draws, K) standard error in the draw
-    correlation: np.ndarray | None  # (K, K); not 0 where groups share clusters
 
 
 def _strata(counts: _Counts) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -233,7 +232,7 @@ def _bootstrap(counts: _Counts, systems: list[np.ndarray], draws: int, seed: int
     by_group = [np.bincount(counts.group, values, k - 1) for values in (counts.words, *systems)]
     words, *errors = (np.append(values, values.sum()) for values in by_group)
     rate = np.array(errors) / np.where(words > 0, words, np.nan)  # (systems, K)
-    covariance = np.zeros((len(systems), k, k))  # of the sums of u
+    squares = np.zeros((len(systems), k))  # sums of u^2
     sums = np.zeros((draws, len(systems), 5, k))
     for groups, rows in _strata(counts):
         cluster = np.unique(counts.cluster[rows], return_inverse=True)[1]
@@ -245,8 +244,7 @@ def _bootstrap(counts: _Counts, systems: list[np.ndarray], draws: int, seed: int
         columns = np.append(groups, k - 1)
         n, e = table[:, :1], table[:, 1:]
         u = e - np.nan_to_num(rate[:, columns]) * n  # (C, systems, columns)
-        for i in range(len(systems)):
-            covariance[i][np.ix_(columns, columns)] += (u[:, i].T * times) @ u[:, i]
+        squares[:, columns] += np.einsum("c,csk->sk", times, u * u)
         moments = np.stack(np.broadcast_arrays(n, u, u * u, u * n, n * n), axis=2)
         drawn = _resample(rng, moments.reshape(len(table), -1), times, draws)
         sums[..., columns] += drawn.reshape(draws, *moments.shape[1:])
@@ -257,12 +255,10 @@ def _bootstrap(counts: _Counts, systems: list[np.ndarray], draws: int, seed: int
         with np.errstate(divide="ignore", invalid="ignore"):
             deviation = u / n
             errors = np.sqrt(np.maximum(uu - 2 * deviation * un + deviation**2 * nn, 0)) / n
-            spread = np.sqrt(np.diag(covariance[i]))
-            error = spread / words
-            correlation = np.nan_to_num(covariance[i] / np.outer(spread, spread))
+            error = np.sqrt(squares[i]) / words
         error[error < 1e-9 * np.abs(rate[i])] = 0  # rounding
         errors[errors < 1e-9 * np.abs(rate[i] + deviation)] = 0
-        out.append(_Draws(rate[i], error, deviation, errors, correlation))
+        out.append(_Draws(rate[i], error, deviation, errors))
     return out
 
 
@@ -270,22 +266,15 @@ def _logarithm(d: _Draws) -> _Draws:
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = d.errors / (d.value + d.deviation)
         deviation = np.log1p(d.deviation / d.value)
-        return _Draws(np.log(d.value), d.error / d.value, deviation, errors, d.correlation)
-
-
-def _joint_error(errors: np.ndarray, correlation: np.ndarray) -> np.ndarray:
-    """Standard error (...) of a sum of correlated terms with errors (..., k)."""
-    with np.errstate(invalid="ignore"):
-        return np.sqrt(np.maximum(((errors @ correlation) * errors).sum(axis=-1), 0))
+        return _Draws(np.log(d.value), d.error / d.value, deviation, errors)
 
 
 def _mean(d: _Draws, places: list[int]) -> _Draws:
     """The mean of some of the rates, as the only quantity."""
-    among = d.correlation[np.ix_(places, places)] / len(places) ** 2
-    errors = _joint_error(d.errors[:, places], among)[:, None]
     deviation = d.deviation[:, places].mean(axis=1, keepdims=True)
-    value, error = d.value[places].mean(), _joint_error(d.error[places], among)
-    return _Draws(np.array([value]), np.array([error]), deviation, errors, np.ones((1, 1)))
+    errors = np.linalg.norm(d.errors[:, places], axis=1, keepdims=True) / len(places)
+    error = np.linalg.norm(d.error[places], keepdims=True) / len(places)
+    return _Draws(d.value[places].mean(keepdims=True), error, deviation, errors)
 
 
 class _Studentized(NamedTuple):
@@ -295,16 +284,17 @@ class _Studentized(NamedTuple):
 
 
 def _studentize(d: _Draws, place: int, minus: int | None = None) -> _Studentized:
-    """One of the quantities, or the difference of two."""
+    """One of the quantities, or the difference of two.
+
+    The errors of a difference are added as if groups had no cluster in common. Where they have, all
+    draws and the sample are wrong by about the same factor, which cancels.
+    """
     value, error = d.value[place], d.error[place]
     deviation, errors = d.deviation[:, place], d.errors[:, place]
     with np.errstate(divide="ignore", invalid="ignore"):
         if minus is not None:
-            both, signs = [place, minus], np.array([1, -1])
-            related = d.correlation[np.ix_(both, both)]
             value, deviation = value - d.value[minus], deviation - d.deviation[:, minus]
-            error = _joint_error(d.error[both] * signs, related)
-            errors = _joint_error(d.errors[:, both] * signs, related)
+            error, errors = np.hypot(error, d.error[minus]), np.hypot(errors, d.errors[:, minus])
         t = np.abs(deviation) / errors
     return _Studentized(float(value), float(error), np.where(np.isnan(t), np.inf, t))
 

@@ -206,6 +206,43 @@ def test_few_kinds_of_cluster_are_drawn_from_the_same_distribution():
         assert np.allclose(np.cov(sums.T), 100 * np.cov(rows.T, bias=True), rtol=0.06)
 
 
+def test_gap_needs_all_differences_at_once():
+    r = rates_by_group(*some(4, (10, 14, 18), (0.1, 0.15, 0.2)), draws=2000)
+    low, high = r.gap.interval
+    assert low < max(abs(p.difference.value) for p in r.pairs) < high
+    assert high > max(max(map(abs, p.difference.interval)) for p in r.pairs)
+    counts = stats._count([np.array([1, 2, 5, 1, 0, 3])], np.full(6, 9), range(6), "aabbcc", None)
+    (d,) = stats._bootstrap(counts, counts.errors, 50, 0)
+    t = [stats._studentize(d, i, minus=j).t for i, j in ((0, 1), (0, 2), (1, 2))]
+    largest = stats._together(d, [(0, 1), (0, 2), (1, 2)])[2]
+    assert largest.tolist() == [max(of_draw) for of_draw in zip(*t)]
+    assert r.deviation.interval.low <= r.deviation.value <= r.deviation.interval.high
+    assert r.deviation.interval.high < high
+
+
+def test_draws_without_a_group_speak_for_chance():
+    """Groups tied by a cluster are drawn together, and y then misses from 1 draw in 16."""
+    clusters, labels = list("abcdcd"), ["x"] * 4 + ["y"] * 2
+    r = rates_by_group(np.array([1, 2, 1, 2, 9, 8]), np.full(6, 10), clusters, labels, draws=4000)
+    assert r.pairs[0].difference.interval is None and r.groups["y"].interval is None
+    assert r.pairs[0].p >= 0.05
+
+
+def test_smallest_p():
+    data = some(1, (30, 30), (0.05, 0.8))
+    assert rates_by_group(*data, draws=99).pairs[0].p == 1 / 100
+    assert permutation_test(*data, draws=99).p == 1 / 100
+
+
+def test_rounding_is_no_variation():
+    """Equal rates whose quotients differ in the last digit, in the sample and in draws."""
+    e, n = [7, 3, 1, 0], [70, 30, 10, 9]
+    r = rates_by_group(np.array(e[:3]), np.array(n[:3]), range(3), list("aaa"), draws=99)
+    assert r.groups["a"] == (0.1, None)
+    r = rates_by_group(np.array([7, 3, 2, 0]), np.array(n), range(4), list("aaab"), draws=999)
+    assert r.pairs[0].difference.interval is None and r.pairs[0].p > 0.05
+
+
 def test_seed():
     data = some()
     assert rates_by_group(*data, draws=99, seed=3) == rates_by_group(*data, draws=99, seed=3)
@@ -302,6 +339,9 @@ def test_few_kinds_of_cluster_are_dealt_alike():
     noise = rows + np.arange(100)[:, None] * 1e-9  # all different: dealt one by one
     slow = np.concatenate([*stats._dealt(np.random.default_rng(0), noise, sizes, 4000)])
     assert fast.shape == slow.shape == (4000, 3, 2)
+    first = next(stats._dealt(np.random.default_rng(0), rows, sizes, 4000))
+    assert len(first) == 1  # by kinds
+    assert len(next(stats._dealt(np.random.default_rng(0), noise, sizes, 4000))) == 4000
     for sums in (fast, slow):
         assert np.allclose(sums.sum(axis=1), rows.sum(axis=0))
         assert np.allclose(sums.mean(axis=0), np.outer(sizes / 100, rows.sum(axis=0)), rtol=0.02)
@@ -452,9 +492,21 @@ def test_bounds_of_the_change_in_gap_hold():
         low = stats._least_change(*bounds)
         assert low <= truth + 1e-12
         tight += low > 0
+        turned = stats._least_change(*(-x[::-1] for x in bounds))  # the other order of groups
+        assert turned == pytest.approx(low)
         exact = stats._least_change(*(np.stack([x, x]) for x in (a, b, a - b)))
         assert exact == pytest.approx(truth)
     assert tight > 300
+
+
+def test_bounds_of_the_change_in_gap_by_hand():
+    """Three groups; the last difference of b is certainly its largest: only that one counts."""
+    a = np.array([[1.0, 1, 1], [2, 2, 9]])
+    b = np.array([[0.0, 0, 3], [1, 1, 4]])
+    change = np.array([[-5.0, -5, -1], [5, 5, 5]])
+    assert stats._least_change(a, b, change) == -1  # the change there; 1 - 4 = -3 says less
+    change[0, 2] = -9
+    assert stats._least_change(a, b, change) == -3
 
 
 def test_mapsswe_against_another_writing_of_it():
