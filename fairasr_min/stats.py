@@ -256,8 +256,9 @@ def _bootstrap(counts: _Counts, systems: list[np.ndarray], draws: int, seed: int
             deviation = u / n
             errors = np.sqrt(np.maximum(uu - 2 * deviation * un + deviation**2 * nn, 0)) / n
             error = np.sqrt(squares[i]) / words
-        error[error < 1e-9 * np.abs(rate[i])] = 0  # rounding
-        errors[errors < 1e-9 * np.abs(rate[i] + deviation)] = 0
+        # What rounding leaves of equal rates; five sums leave more of it than residuals.
+        error[error < 1e-9 * np.abs(rate[i])] = 0
+        errors[errors < 1e-6 * np.abs(rate[i] + deviation)] = 0
         out.append(_Draws(rate[i], error, deviation, errors))
     return out
 

@@ -226,6 +226,8 @@ def test_draws_without_a_group_speak_for_chance():
     r = rates_by_group(np.array([1, 2, 1, 2, 9, 8]), np.full(6, 10), clusters, labels, draws=4000)
     assert r.pairs[0].difference.interval is None and r.groups["y"].interval is None
     assert r.pairs[0].p >= 0.05
+    d = stats._Draws(np.array([0.2]), np.ones(1), np.array([[math.nan], [3.0]]), np.ones((2, 1)))
+    assert stats._studentize(d, 0).t.tolist() == [math.inf, 3]
 
 
 def test_smallest_p():
@@ -236,11 +238,19 @@ def test_smallest_p():
 
 def test_rounding_is_no_variation():
     """Equal rates whose quotients differ in the last digit, in the sample and in draws."""
-    e, n = [7, 3, 1, 0], [70, 30, 10, 9]
-    r = rates_by_group(np.array(e[:3]), np.array(n[:3]), range(3), list("aaa"), draws=99)
-    assert r.groups["a"] == (0.1, None)
-    r = rates_by_group(np.array([7, 3, 2, 0]), np.array(n), range(4), list("aaab"), draws=999)
-    assert r.pairs[0].difference.interval is None and r.pairs[0].p > 0.05
+    e, n = np.array([1, 2, 3, 0]), np.array([49, 98, 147, 9])
+    assert (e[:3] != e[:3].sum() / n[:3].sum() * n[:3]).any()
+    clusters, labels = [0, 1, 2, 3, 4], list("aaabb")
+    pair = rates_by_group(e[[0, 1, 2, 0, 1]], n[[0, 1, 2, 0, 1]], clusters, labels, draws=99).pairs[
+        0
+    ]
+    assert pair.p is None and pair.difference == (0, None) and pair.ratio == (1, None)
+    e[2] = 9  # now 8 of 27 draws hold the first two only, whose rates are the same
+    counts = stats._count([e[:3]], n[:3], clusters[:3], labels[:3], None)
+    (d,) = stats._bootstrap(counts, counts.errors, 500, 0)
+    alike = np.isclose(d.value[0] + d.deviation[:, 0], 1 / 49)
+    assert 100 < alike.sum() < 200 and (d.errors[alike, 0] == 0).all()
+    assert np.unique(d.errors[:, 0] > 0).tolist() == [False, True]
 
 
 def test_seed():
@@ -271,6 +281,7 @@ def test_order_of_utterances_does_not_matter():
 def test_coverage():
     """SIMULATED: 95 % intervals of rates and differences, 50 speakers a group."""
     rng, found = np.random.default_rng(0), {"rate": [], "difference": [], "ratio": [], "gap": []}
+    found |= {"macro": [], "overall": []}
     rates = {"g0": 0.1, "g1": 0.15}
     for i in range(400):
         r = rates_by_group(*simulated(rng, (50, 50), [*rates.values()], 1), draws=399, seed=i)
@@ -280,6 +291,8 @@ def test_coverage():
             pair.difference.interval[0] < -0.05 < pair.difference.interval[1]
         )
         found["ratio"].append(pair.ratio.interval[0] < 2 / 3 < pair.ratio.interval[1])
+        found["macro"].append(r.macro.interval[0] < 0.125 < r.macro.interval[1])
+        found["overall"].append(r.overall.interval[0] < 0.125 < r.overall.interval[1])
         found["gap"].append(r.gap.interval[0] < 0.05 < r.gap.interval[1])
     # 400 simulations tell 93 to 97 % only to within two points or so.
     for of, covered in found.items():
@@ -502,7 +515,7 @@ def test_bounds_of_the_change_in_gap_hold():
 def test_bounds_of_the_change_in_gap_by_hand():
     """Three groups; the last difference of b is certainly its largest: only that one counts."""
     a = np.array([[1.0, 1, 1], [2, 2, 9]])
-    b = np.array([[0.0, 0, 3], [1, 1, 4]])
+    b = np.array([[0.0, 0, 3], [2.9, 1, 4]])  # 2.9 < 3: at the first, 1 - 2.9 does not count
     change = np.array([[-5.0, -5, -1], [5, 5, 5]])
     assert stats._least_change(a, b, change) == -1  # the change there; 1 - 4 = -3 says less
     change[0, 2] = -9
