@@ -1,7 +1,7 @@
 """How sure is a difference in word error rate? Speakers resampled and permuted. No torch here.
 
 Arguments that recur, with one entry an utterance: `errors` and `words`, integer arrays (n,);
-`clusters`, whoever may share errors (the speaker; any hashable); `labels`, the group (None where it
+`clusters`, who may share errors (the speaker; hashable, never None); `labels`, the group (None where it
 is missing). `keep`: the labels that are compared (all that have words, if None); the others are
 only shown. `seed`: the same one gives the same numbers.
 
@@ -146,6 +146,8 @@ def _count(systems, words, clusters, labels, keep) -> _Counts:
     if unknown := set(keep or ()) - set(found):
         raise StatisticsError(f"no utterance has the label {sorted(unknown)[0]!r}")
     names, cluster = _codes(clusters)
+    if None in names:
+        raise StatisticsError("some utterances have no cluster: name one, or use utterances")
     rows, row = np.unique(cluster * len(found) + group, return_inverse=True)
     *errors, words = (np.bincount(row, weights=a) for a in arrays)
     cluster, group = np.divmod(rows, len(found))

@@ -742,6 +742,7 @@ def test_huge_counts_and_long_tails(size):
         (dict(errors=np.array([[1, 2]])), "one entry an utterance"),
         (dict(clusters=["s"]), "one entry an utterance"),
         (dict(labels=[]), "one entry an utterance"),
+        (dict(clusters=["s", None]), "no cluster"),
         (dict(keep=["a", "z"]), "no utterance has the label 'z'"),
         (dict(reference="z"), "the reference 'z' is not among"),
         (dict(keep=["a"], reference="b"), "the reference 'b' is not among"),
