@@ -287,9 +287,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", action="store_true", help="time one million utterances instead")
     args = parser.parse_args()
-    print(f"SIMULATED data; seed {args.seed}, {args.simulations} simulations, {args.draws} draws")
     if args.scale:
+        print(f"SIMULATED data; seed {args.seed}, 10,000 draws")
         return scale(args.seed)
+    print(f"SIMULATED data; seed {args.seed}, {args.simulations} simulations, {args.draws} draws")
     for study in (coverage, change_in_gap, null_p_values, power):
         start = time.perf_counter()
         study(args.simulations, args.draws, args.seed)
