@@ -14,7 +14,7 @@ each draw is divided by its own standard error, and the 95th percentile of these
 of 1.96. Rates and ratios are treated on the log scale, differences as they are. In simulation
 (RESULTS.md) this covers close to 95 % with skewed and unequally talkative speakers down to five a
 group; plain percentiles of the draws cover less, and the fewer the speakers, the less. Intervals
-of gap, deviation and change in gap cannot be had so, and cover at least 95 %, mostly more.
+of gap, deviation and change in gap cannot be had so; they are wider and cover about 95 % or more.
 """
 
 import math
