@@ -74,18 +74,18 @@ style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
 # ---- texts and numbers ---------------------------------------------------------------------------
 
 
-def _text(value: object) -> str:
+def _text(value: object, most: int = LONG) -> str:
     """Anything from the data as text or inside an attribute: the one place where it is escaped."""
     text = str(value)
-    text = text if len(text) <= LONG else f"{text[:LONG]} … ({len(text):,} characters)"
+    text = text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
     return html.escape(UNPRINTABLE.sub("\ufffd", text))
 
 
-def _name(value: object) -> str:
-    return f'<bdi dir="auto">{_text(value)}</bdi>'
+def _name(value: object, most: int = LONG) -> str:
+    return f'<bdi dir="auto">{_text(value, most)}</bdi>'
 
 
-def _number(value: float | None, form: str = ",.2f") -> str:
+def _number(value: float | None, form: str = "z,.2f") -> str:
     if value is None or not math.isfinite(value):
         return "n/a"
     form = form if abs(value) < 1e6 else ".2e"  # an interval of few speakers may reach e^500
@@ -102,7 +102,7 @@ def _percent(fraction: float | None) -> str:
 
 def _points(fraction: float | None) -> str:
     """A difference of percentages: with its sign."""
-    return _number(fraction if fraction is None else 100 * fraction, "+,.2f")
+    return _number(fraction if fraction is None else 100 * fraction, "+z,.2f")
 
 
 def _p(p: float | None) -> str:
@@ -120,6 +120,12 @@ def _interval(interval: list | None, show=_percent) -> str:
 def _sure(estimate: dict, show=_percent, unit: str = "") -> str:
     """An estimate in a sentence, its interval in parentheses."""
     return f"{show(estimate['value'])}{unit} ({_interval(estimate['interval'], show)})"
+
+
+def _cells(estimate: dict | None, show=_percent) -> list[str]:
+    """An estimate and its interval in two cells of a table."""
+    estimate = estimate or {"value": None, "interval": None}
+    return [show(estimate["value"]), _interval(estimate["interval"], show)]
 
 
 def _wer(measures: dict) -> dict:
@@ -154,8 +160,8 @@ def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
 
 def _frame(caption: str, columns: list[str], body: str) -> str:
     """A table that scrolls inside its box, by keyboard too, where the screen is narrow."""
-    return f"""<div class="scroll" role="region" tabindex="0" aria-label="{_text(caption)}"><table>
-        <caption>{_text(caption)}</caption>
+    return f"""<div class="scroll" role="group" tabindex="0" aria-label="{_text(caption)}"><table>
+        <caption><span>{_text(caption)}</span></caption>
         <thead><tr>{"".join(columns)}</tr></thead><tbody>{body}</tbody></table></div>"""
 
 
@@ -174,8 +180,7 @@ def _group_table(column: str, groups: dict, overall: dict) -> str:
         others = (*rates, m["cer"], m["utterance_error_rate"], m["speaker_macro_wer"])
         counts = (m["speakers"], m["utterances"], m["words"])
         name = "<em>everyone</em>" if label is None else _name(label) + _marks(m)
-        cells = [name, _percent(m["wer"]), _interval(m["interval"])]
-        rows.append([*cells, *map(_percent, others), *map(_count, counts)])
+        rows.append([name, *_cells(_wer(m)), *map(_percent, others), *map(_count, counts)])
     return _table(f"{column}: error rates by group".lstrip(": "), head, rows)
 
 
@@ -240,22 +245,16 @@ def _dot_plot(caption: str, dots: list[Dot], line: float | None, show=_percent) 
     values = _finite([line, *(dot.estimate["value"] for dot in dots)])
     ends = _finite(x for dot in dots for x in dot.estimate["interval"] or ())
     axis = _axis(values, ends)
+    unit = " %" if show is _percent else " points"
     ground = axis.grid()
-    if line is not None:
+    if _finite([line]):
         ground += '<line class="all" x1="{0}" x2="{0}" y2="100%"/>'.format(axis.at(line))
     rows = []
     for dot in dots:
-        meaning = _sure(dot.estimate, show, " %")
-        value, interval = show(dot.estimate["value"]), _interval(dot.estimate["interval"], show)
-        rows.append(
-            _row(
-                dot.label,
-                dot.remark,
-                meaning,
-                ground + _mark(dot, axis),
-                f"{value} <small>{interval}</small>",
-            )
-        )
+        value, interval = _cells(dot.estimate, show)
+        drawing, printed = ground + _mark(dot, axis), f"{value} <small>{interval}</small>"
+        meaning = f"{value}{unit}, 95 % interval {interval}"
+        rows.append(_row(dot.label, meaning, drawing, printed, dot.remark))
     return _figure(caption, rows, axis)
 
 
@@ -263,28 +262,23 @@ def _mark(dot: Dot, axis: Axis) -> str:
     value, interval = dot.estimate["value"], dot.estimate["interval"]
     if not _finite([value]):
         return '<text class="none" x="50%" y="50%">n/a</text>'
-    parts = []
+    drawing, at = "", axis.at(value)
     if interval is not None and len(_finite(interval)) == 2:
         low, high = interval
-        parts.append(f'<line class="reach" x1="{axis.at(low)}" x2="{axis.at(high)}" y1="50%" '
-                     'y2="50%"/>')  # fmt: skip
-        if low < axis.low:
-            parts.append('<text class="beyond" x="0" y="50%">‹</text>')
-        if high > axis.high:
-            parts.append('<text class="beyond" x="100%" y="50%">›</text>')
+        ends = f'x1="{axis.at(low)}" x2="{axis.at(high)}"'
+        drawing += f'<line class="reach" {ends} y1="50%" y2="50%"/>'
+        drawing += '<text class="beyond" x="0" y="50%">‹</text>' if low < axis.low else ""
+        drawing += '<text class="beyond" x="100%" y="50%">›</text>' if high > axis.high else ""
     if dot.shape == "dot":
-        parts.append(f'<circle cx="{axis.at(value)}" cy="50%" r="5"/>')
-    else:
-        parts.append(f'<rect class="{dot.shape}" x="{axis.at(value)}" y="50%" width="10" '
-                     'height="10"/>')  # fmt: skip
-    return "".join(parts)
+        return f'{drawing}<circle cx="{at}" cy="50%" r="5"/>'
+    return f'{drawing}<rect class="{dot.shape}" x="{at}" y="50%" width="10" height="10"/>'
 
 
-def _row(label: str, remark: str, meaning: str, drawing: str, value: str) -> str:
+def _row(label: str, meaning: str, drawing: str, printed: str, remark: str = "") -> str:
     """A row of a figure. meaning: what one who cannot see the drawing is told."""
     return f"""<li><span class="label">{_name(label)}{remark}</span>
         <svg role="img"><title>{_text(label)}: {meaning}</title>{drawing}</svg>
-        <span class="value">{value}</span></li>"""
+        <span class="value">{printed}</span></li>"""
 
 
 def _figure(caption: str, rows: list[str], axis: Axis) -> str:
@@ -311,14 +305,23 @@ def _kinds_plot(column: str, groups: dict) -> str:
                           zip(("substitutions", "deletions", "insertions"), rates))  # fmt: skip
         drawing, start = axis.grid(), 0.0
         for name, rate in zip("sdi", _finite(rates)):
-            ends = f'x1="{axis.at(start)}" x2="{axis.at(start + rate)}" y1="50%" y2="50%"'
-            drawing += f'<line class="edge" {ends}/><line class="{name}" {ends}/>' if rate else ""
+            if rate:
+                drawing += _bar(name, start, start + rate, axis)
             start += rate
         printed = " · ".join(f"{name} {_percent(x)}" for name, x in zip("SDI", rates))
-        rows.append(_row(label, "", words, drawing, f"<small>{printed}</small>"))
+        rows.append(_row(label, words, drawing, f"<small>{printed}</small>"))
     caption = f"""{column}: kinds of errors in percent of the words spoken. Filled: substitutions
         (S); striped: deletions (D); hollow: insertions (I). All together: the word error rate."""
     return _figure(caption, rows, axis)
+
+
+def _bar(kind: str, start: float, end: float, axis: Axis) -> str:
+    place = f'x="{axis.at(start)}" y="50%" width="{axis.at(axis.low + end - start)}" height="14"'
+    bar = f'<rect class="bar {kind}" {place}/>'
+    if kind == "d":
+        ends = f'x1="{axis.at(start)}" x2="{axis.at(end)}"'
+        bar += f'<line class="stripes" {ends} y1="50%" y2="50%"/>'
+    return bar
 
 
 def _heat_map(column: str, part: dict) -> str:
@@ -330,23 +333,24 @@ def _heat_map(column: str, part: dict) -> str:
     down, across = ([*dict.fromkeys(key[i] for key in cells)] for i in (0, 1))
     highest = max(_finite(part["groups"][label]["wer"] for label in cells.values()), default=0)
     head = [f"{_name(names[0])} \\ {_name(names[1])}", *map(_name, across)]
-    head = [f'<th scope="col">{cell}</th>' for cell in head]
     body = ""
     for first in down:
-        found = [part["groups"].get(cells.get((first, second))) for second in across]
-        body += f'<tr><th scope="row">{_name(first)}</th>'
-        body += "".join(_heat_cell(m, highest, part) for m in found) + "</tr>"
-    return _frame(f"{names[0]} by {names[1]}: WER %, darker where higher", head, body)
+        found = [_heat_cell(cells.get((first, second)), part, highest) for second in across]
+        body += f'<tr><th scope="row">{_name(first)}</th>{"".join(found)}</tr>'
+    caption = f"{names[0]} by {names[1]}: WER %, the higher the more colour"
+    return _frame(caption, [f'<th scope="col">{cell}</th>' for cell in head], body)
 
 
-def _heat_cell(m: dict | None, highest: float, part: dict) -> str:
-    if m is None:
+def _heat_cell(label: str | None, part: dict, highest: float) -> str:
+    if label is None:
         return "<td>none</td>"
+    m = part["groups"][label]
     strength = 0.5 * m["wer"] / highest if _finite([m["wer"]]) and highest else 0
-    ends = {id(part["groups"].get(part[end])): end for end in ("worst", "best") if part[end]}
-    mark = f' <span class="mark">{ends[id(m)]}</span>' if id(m) in ends else ""
+    marks = "".join(
+        f' <span class="mark">{end}</span>' for end in ("worst", "best") if part[end] == label
+    )
     return f"""<td class="heat" style="--strength: {strength:.2f}"><b>{_percent(m["wer"])}</b>
-        <br><small>{_interval(m["interval"])}</small>{mark}{_marks(m)}</td>"""
+        <br><small>{_interval(m["interval"])}</small>{marks}{_marks(m)}</td>"""
 
 
 # ---- parts of the page ---------------------------------------------------------------------------
@@ -363,7 +367,9 @@ def _summary(report: dict, systems: list[dict]) -> str:
     ]
     lines += [_verdict(column, part) for column, part in report["by"].items()]
     for c in report["comparisons"]:
-        lines += [f"{_versus(c)}: {_change(column, c, part)}" for column, part in c["by"].items()]
+        lines += [
+            f"{_versus(c)} by {_name(column)}. {_change(part)}" for column, part in c["by"].items()
+        ]
     warnings = "".join(f"<li>{_name(warning)}</li>" for warning in report["warnings"])
     if warnings:
         warnings = f'<div class="warnings"><h3>Warnings</h3><ul>{warnings}</ul></div>'
@@ -384,9 +390,9 @@ def _verdict(column: str, part: dict) -> str:
         ({_interval(part["gap"]["interval"])}), the ratio {_sure(part["ratio"], _number)}."""
     test = part["no_difference"]
     if test is None:
-        return f"{said} Whether chance alone would do this was not tested."
+        return f"{said} Not tested against chance."
     if "refused" in test:
-        return f"{said} Whether chance alone would do this: {_name(test['refused'])}."
+        return f"{said} Not tested against chance: {_name(test['refused'])}."
     gap = test["gap"]
     chance = "these data fit chance alone; that does not show that the groups fare alike."
     if test["p"] <= 0.05:
@@ -404,17 +410,17 @@ def _gap_table(systems: list[dict]) -> str:
     for system in systems:
         for column, part in system["by"].items():
             ends = ["n/a" if part[end] is None else _name(part[end]) for end in ("worst", "best")]
-            gap = [_percent(part["gap"]["value"]), _interval(part["gap"]["interval"])]
-            null, p = _null(part, "gap"), (part["no_difference"] or {}).get("p")
-            rows.append([_name(column), _name(system["name"]), *ends, *gap, *null[1:], _p(p)])
+            test = part["no_difference"] or {}
+            null = [*_null(test, "gap"), _p(test.get("p"))]
+            names = [_name(column), _name(system["name"]), *ends]
+            rows.append([*names, *_cells(part["gap"]), *null])
     return _table("Gaps beside what chance alone would give", head, rows) if rows else ""
 
 
-def _null(part: dict, name: str) -> list[str]:
-    """Observed, expected, 95th percentile and p of the permutation test, or n/a four times."""
-    null = (part["no_difference"] or {}).get(name) or {}
-    values = [_percent(null.get(key)) for key in ("observed", "expected", "percentile_95")]
-    return [*values, _p(null.get("p"))]
+def _null(test: dict, name: str) -> list[str]:
+    """Expected, 95th percentile and p of one disparity in the permutation test."""
+    null = test.get(name) or {}
+    return [_percent(null.get("expected")), _percent(null.get("percentile_95")), _p(null.get("p"))]
 
 
 def _system(system: dict, about: dict) -> str:
@@ -434,7 +440,7 @@ def _column(column: str, part: dict, overall: dict, about: dict) -> str:
         {_kinds_plot(column, groups)}
         <h4>How far apart</h4>
         {_disparity_table(column, part)}
-        {_pairs(column, part["pairs"], f"{column}: each pair of groups, difference in WER")}
+        {_pairs(f"{column}: each pair of groups, difference in WER", part["pairs"])}
         {_adjusted(column, part["adjusted"])}
         {f"<h4>Utterances with the most errors</h4>{examples}" if examples else ""}"""
 
@@ -452,22 +458,22 @@ def _left_out(groups: dict, about: dict) -> str:
 
 
 def _disparity_table(column: str, part: dict) -> str:
-    head = ["measure", "value", "95 % interval", "observed in the test",
-            "expected if labels meant nothing", "95th percentile of that", "p"]  # fmt: skip
-    rows = []
-    for name, key in (("gap: worst minus best, points", "gap"),
-                      ("standard deviation over groups, points", "deviation"),
-                      ("mean over groups (each counts alike), %", "macro")):  # fmt: skip
-        cells = [_percent(part[key]["value"]), _interval(part[key]["interval"])]
-        rows.append([name, *cells, *(_null(part, key) if key != "macro" else ["–"] * 4)])
-    ratio = part["ratio"]
-    cells = [_number(ratio["value"]), _interval(ratio["interval"], _number)]
-    rows.append(["ratio: worst to best", *cells, *["–"] * 4])
-    rows.append(["gap relative to the best, %", _percent(part["relative_gap"]), *["–"] * 5])
-    return _table(f"{column}: measures of disparity", head, rows)
+    head = ["measure", "value", "95 % interval", "expected if labels meant nothing",
+            "95th percentile of that", "p"]  # fmt: skip
+    ratio, test = part["ratio"], part["no_difference"] or {}
+    rows = [
+        ["gap: worst minus best, points", *_cells(part["gap"]), *_null(test, "gap")],
+        ["standard deviation, points", *_cells(part["deviation"]), *_null(test, "deviation")],
+        ["mean over groups, %", *_cells(part["macro"]), "–", "–", "–"],
+        ["ratio: worst to best", *_cells(ratio, _number), "–", "–", "–"],
+        ["gap relative to the best, %", _percent(part["relative_gap"]), *["–"] * 4],
+        ["no difference at all", *["–"] * 4, _p(test.get("p"))],
+    ]
+    refused = f'<p class="note">{_name(test["refused"])}</p>' if "refused" in test else ""
+    return _table(f"{column}: measures of disparity", head, rows) + refused
 
 
-def _pairs(column: str, pairs: list[dict], caption: str) -> str:
+def _pairs(caption: str, pairs: list[dict]) -> str:
     """Pairwise differences, folded away where they are many, and cut where nobody reads them."""
     if not pairs:
         return ""
@@ -476,12 +482,8 @@ def _pairs(column: str, pairs: list[dict], caption: str) -> str:
     shown = sorted(pairs, key=_by_p)[:MANY_PAIRS] if len(pairs) > MANY_PAIRS else pairs
     rows = []
     for pair in shown:
-        d = pair["difference"]
-        row = [_name(pair["group"]), _name(pair["other"]), _points(d["value"])]
-        row.append(_interval(d["interval"], _points))
-        if "ratio" in pair:
-            ratio = pair["ratio"]
-            row += [_number(ratio["value"]), _interval(ratio["interval"], _number)]
+        row = [_name(pair["group"]), _name(pair["other"]), *_cells(pair["difference"], _points)]
+        row += _cells(pair["ratio"], _number) if "ratio" in pair else []
         rows.append([*row, _p(pair["p"]), _p(pair["p_holm"])])
     if len(shown) < len(pairs):
         caption += f": the {len(shown)} with the smallest p of {len(pairs):,}; all in report.json"
@@ -548,12 +550,11 @@ def _word(kind: str, said: str, heard: str) -> str:
     if kind == "equal":
         same = f'<span aria-hidden="true">{_text(heard)}</span>'
         return f'<span class="word"><span>{_text(said)}</span>{same}</span>'
-    hidden = {"substitute": "recognised as", "delete": "was left out", "insert": "was added"}[kind]
-    above = f"<s>{_text(said)}</s>" if said else '<span class="gap"></span>'
-    below = f"<u>{_text(heard)}</u>" if heard else '<span class="gap"></span>'
-    hidden = f'<span class="hidden" lang="en" dir="ltr"> ({hidden}) </span>'
-    order = below + hidden if kind == "insert" else hidden + below
-    return f'<span class="word wrong">{above if said else ""}{order}</span>'
+    meaning = {"substitute": "recognised as", "delete": "left out", "insert": "added"}[kind]
+    meaning = f'<span class="hidden" lang="en" dir="ltr"> ({meaning}) </span>'
+    above = f"<s>{_text(said)}</s>{meaning}" if said else ""
+    below = f"<u>{_text(heard)}</u>{'' if said else meaning}" if heard else ""
+    return f'<span class="word wrong">{above}{below}</span>'
 
 
 # ---- systems compared ----------------------------------------------------------------------------
@@ -570,9 +571,9 @@ def _comparison(c: dict) -> str:
         {_count(c["only_in_a"])}; only in B: {_count(c["only_in_b"])}), the word error rate of A
         minus that of B is {_sure(overall, _points, " points")}: {_lower(overall)}. MAPSSWE, for
         comparison with other work (it takes utterances to be independent, which those of one
-        speaker are not): {_number(test["mean"], "+.4f")} errors an utterance, statistic
+        speaker are not): {_number(test["mean"], "+z.4f")} errors an utterance, statistic
         {_number(test["statistic"])}, {_p_is(test["p"])}.</p>
-        {"".join(_compared(column, c, part) for column, part in c["by"].items())}"""
+        {"".join(_compared(column, part) for column, part in c["by"].items())}"""
 
 
 def _lower(difference: dict) -> str:
@@ -583,29 +584,27 @@ def _lower(difference: dict) -> str:
     return errs_less or "which of them errs less, these data do not tell"
 
 
-def _compared(column: str, c: dict, part: dict) -> str:
+def _compared(column: str, part: dict) -> str:
     caption = f"""{column}: word error rate of A minus that of B, in points, with its 95 % interval.
         Right of 0, B errs less."""
     dots = [Dot(label, estimate) for label, estimate in part["groups"].items()]
-    gaps = [("gap of A", "gap_a", _percent), ("gap of B", "gap_b", _percent),
-            ("gap of A minus gap of B", "gap_change", _points)]  # fmt: skip
-    rows = [
-        [name, show(part[key]["value"]), _interval(part[key]["interval"], show)]
-        for name, key, show in gaps
-    ]
-    return f"""<h4>{_name(column)}</h4><p>{_change(column, c, part)}</p>
+    gaps = [("of A", "gap_a", _percent), ("of B", "gap_b", _percent),
+            ("that of A minus that of B", "gap_change", _points)]  # fmt: skip
+    rows = [[name, *_cells(part[key], show)] for name, key, show in gaps]
+    pairs = f"{column}: difference of each pair by A minus that by B"
+    return f"""<h4>{_name(column)}</h4><p>{_change(part)}</p>
         {_dot_plot(caption, dots, 0.0, _points)}
-        {_table(f"{column}: did the gap change?", ["", "points", "95 % interval"], rows)}
-        {_pairs(column, part["pairs"], f"{column}: A minus B, of the difference of each pair")}"""
+        {_table(f"{column}: did the gap change?", ["gap", "points", "95 % interval"], rows)}
+        {_pairs(pairs, part["pairs"])}"""
 
 
-def _change(column: str, c: dict, part: dict) -> str:
+def _change(part: dict) -> str:
     """Did the disparity shrink? In words."""
     change, interval = part["gap_change"]["value"], part["gap_change"]["interval"]
     if change is None:
-        return f"by {_name(column)}, fewer than two groups to compare, so no gap to change."
-    said = f"""by {_name(column)}, the gap of A is {_percent(part["gap_a"]["value"])} points, that
-        of B {_percent(part["gap_b"]["value"])}. A minus B: {_sure(part["gap_change"], _points)};"""
+        return "Fewer than two groups to compare, so no gap to change."
+    said = f"""The gap of A is {_percent(part["gap_a"]["value"])} points, that of B
+        {_percent(part["gap_b"]["value"])}. A minus B: {_sure(part["gap_change"], _points)};"""
     if interval is None:
         return f"{said} how sure that is, the data cannot tell."
     if interval[0] > 0:
@@ -619,9 +618,9 @@ def _change(column: str, c: dict, part: dict) -> str:
 
 PROBES = {
     "linear": "linear probe",
-    "random_init_linear": "the same on an untrained encoder",
+    "random_init_linear": "linear probe, untrained encoder",
     "nonlinear": "nonlinear probe",
-    "random_init_nonlinear": "the same on an untrained encoder",
+    "random_init_nonlinear": "nonlinear probe, untrained encoder",
 }
 
 
@@ -649,21 +648,16 @@ def _probed(column: str, found: dict, gap: dict | None) -> str:
     rows = [[dot.label, *_cells(dot.estimate)] for dot in dots]
     rows += [
         ["chance", _percent(found.get("chance")), "–"],
-        ["always the largest group", _percent(found.get("majority")), "–"],
-        ["gap in WER of the audited system, points", *_cells(gap)],
+        ["share of the largest group", _percent(found.get("majority")), "–"],
+        ["gap in word error rates, points", *_cells(gap)],
     ]
     sizes = ", ".join(f"{_name(g)} {_count(n)}" for g, n in (found.get("groups") or {}).items())
+    head = ["measure", "% or points", "95 % interval"]
     caption = f"{column}: balanced accuracy in percent. Hollow: untrained; dashed line: chance."
     return f"""<h3>{_name(column)}</h3>
         {_dot_plot(caption, dots, found.get("chance"))}
-        {_table(f"{column}: leakage beside the gap", ["", "value", "95 % interval"], rows)}
+        {_table(f"{column}: leakage beside the gap", head, rows)}
         <p class="note">{_count(found.get("speakers"))} speakers; utterances: {sizes}.</p>"""
-
-
-def _cells(estimate: dict | None) -> list[str]:
-    if estimate is None:
-        return ["n/a", "n/a"]
-    return [_percent(estimate["value"]), _interval(estimate["interval"])]
 
 
 # ---- method and limits ---------------------------------------------------------------------------
@@ -682,8 +676,9 @@ def _method(report: dict) -> str:
         summed over all utterances of a group first and divided last, so it can exceed 100 %.
         Insertions into an empty reference count. CER is the same of characters.</li>
         <li>Intervals: 95 %, symmetric bootstrap-t, {draws} draws of whole clusters (here:
-        {cluster}), as utterances of one speaker resemble one another. The interval of a gap, a
-        standard deviation or a change in gap is conservative. n/a: the data cannot tell.</li>
+        {cluster}), as utterances of one speaker resemble one another; if it is the utterance, they
+        are too narrow where speakers have several. The interval of a gap, a standard deviation or a
+        change in gap is conservative. n/a: the data cannot tell.</li>
         <li>Test of no difference: labels are dealt anew to whole clusters {draws} times; p is the
         share of deals with a statistic (differences in units of their standard errors) as large as
         the observed one. The p of the bare gap or deviation also answers to groups that differ in
@@ -691,8 +686,8 @@ def _method(report: dict) -> str:
         <li>The gap is the highest rate minus the lowest, so it is above zero even where groups do
         not differ, and the more so the more and the smaller the groups: read it beside the gap
         expected if labels meant nothing.</li>
-        <li>Pairs: p by the same bootstrap; Holm p is corrected for all pairs of one grouping, not
-        for several groupings.</li>
+        <li>Pairs: interval and p are for each pair alone, by the same bootstrap; Holm p is
+        corrected for all pairs of one grouping, not for several groupings.</li>
         <li>Systems are compared on the same utterances and the same draws.</li>
         </ul>
         <h3>What the numbers cannot say</h3>
@@ -716,20 +711,20 @@ def _setting(value: object) -> str:
         return ", ".join(map(_name, value)) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
-    return _name(value)
+    return _name(value, 100 * LONG)
 
 
 # ---- style ---------------------------------------------------------------------------------------
 
 STYLE = """
-:root { --ink: #1b1b1b; --soft: #595959; --paper: #fff; --line: #d4d4d4; --wash: #f4f4f2;
+:root { --ink: #1b1b1b; --soft: #595959; --paper: #fff; --line: #d4d4d4;
   --accent: #0b4f8a; --heat: 196 82 0; --loud: #8a1500; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e6e3; --soft: #a9a7a3; --paper: #16181a;
-  --line: #3d4043; --wash: #202326; --accent: #8ec5f5; --heat: 240 140 50; --loud: #ff9d85; } }
+  --line: #3d4043; --accent: #8ec5f5; --heat: 240 140 50; --loud: #ff9d85; } }
 * { box-sizing: border-box; }
 html { color: var(--ink); background: var(--paper); accent-color: var(--accent);
   font: 1rem/1.55 Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, serif; }
-body { max-width: 64rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: anywhere; }
+body { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: anywhere; }
 h1, h2, h3, h4, table, figure, nav, .note, .value, summary, .mark {
   font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
@@ -752,23 +747,27 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding: 0; list-sty
 .warnings ul { margin: .3rem 0; padding-left: 1.2rem; }
 .note, figcaption, caption { color: var(--soft); font-size: .875rem; line-height: 1.4; }
 .mark { font-size: .75rem; border: 1px solid currentColor; border-radius: 3px; padding: 0 .3em;
-  color: var(--soft); white-space: nowrap; }
+  color: var(--soft); font-weight: 400; white-space: nowrap; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .875rem; line-height: 1.35;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .4rem; }
-th, td { padding: .35rem .7rem; text-align: right; vertical-align: top; overflow-wrap: normal;
+caption span { display: inline-block; position: sticky; left: 0;
+  max-width: min(44rem, calc(100vw - 2rem)); }
+th, td { padding: .35rem .6rem; text-align: right; vertical-align: top; overflow-wrap: normal;
   border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--ink); font-weight: 600;
   max-width: 11rem; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper);
-  max-width: min(16rem, 40vw); overflow-wrap: break-word; font-weight: 600; }
-.text { text-align: left; white-space: normal; overflow-wrap: break-word; max-width: 16rem; }
+th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--paper); min-width: min(9rem, 30vw); max-width: min(16rem, 35vw);
+  font-weight: 600; overflow-wrap: break-word; }
+.text { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 6rem;
+  max-width: 16rem; }
 small { color: var(--soft); font-size: .85em; }
 .heat { background: rgb(var(--heat) / var(--strength)); print-color-adjust: exact; }
-.heat small { color: inherit; }
-figure { margin: 1.4rem 0; }
+.heat small, .heat .mark { color: inherit; }
+figure { margin: 1.4rem 0 .8rem; }
 figcaption { max-width: 44rem; margin-bottom: .4rem; }
 .plot { list-style: none; margin: 0; padding: 0; }
 .plot li { display: grid; grid-template-columns: minmax(0, 11rem) minmax(0, 1fr) 12rem;
@@ -785,40 +784,41 @@ svg { display: block; width: 100%; height: 0; min-height: 100%; overflow: visibl
 circle, .square { fill: var(--accent); stroke: var(--paper); stroke-width: 1.5; }
 .square { fill: var(--ink); }
 .hollow { fill: var(--paper); stroke: var(--accent); stroke-width: 2; }
-rect { transform: translate(-5px, -5px); }
+.square, .hollow { transform: translate(-5px, -5px); }
 .none, .beyond { text-anchor: middle; dominant-baseline: central; fill: var(--soft); }
 .beyond { font-size: 1.4rem; fill: var(--accent); }
-.edge { stroke: var(--accent); stroke-width: 16; }
-.i, .d { stroke: var(--paper); stroke-width: 13; }
-.d { stroke-dasharray: 3 3; }
+.bar { fill: var(--paper); stroke: var(--accent); transform: translateY(-7px); }
+.s { fill: var(--accent); }
+.stripes { stroke: var(--accent); stroke-width: 14; stroke-dasharray: 2 3; }
 details { margin: .4rem 0; border-left: 3px solid var(--line); padding-left: .8rem; }
 summary { cursor: pointer; font-size: .9rem; padding: .2rem 0; }
 ol { padding-left: 1.6rem; }
 .aligned { max-width: none; line-height: 1.35; margin: .3rem 0 1rem; }
 .word { display: inline-flex; flex-direction: column; vertical-align: top; margin-right: .15em;
   max-width: 100%; min-height: 2.7em; }
-.word > :last-child { color: var(--soft); }
+.word:not(.wrong) > :last-child { color: var(--soft); }
 .wrong > s, .wrong > u { font-weight: 700; color: var(--loud); text-decoration-thickness: 2px; }
 .wrong > u { margin-top: auto; }
-.gap { min-height: 1.35em; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (max-width: 42rem) {
+  th, td { padding: .35rem .4rem; }
   .plot li { grid-template-columns: 1fr auto; padding-bottom: .3rem; }
   .plot svg { grid-column: 1 / -1; grid-row: 2; width: calc(100% - 2.4rem);
     margin: 0 1.2rem; }
+  .plot .scale svg { grid-row: 1; }
 }
 @media print {
+  @page { margin: 15mm; }
   :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --accent: #0b4f8a;
     --heat: 196 82 0; --loud: #8a1500; }
   html { font-size: 10pt; }
   body { max-width: none; padding: 0; }
   nav, .skip { display: none; }
   .scroll { overflow: visible; }
-  table { font-size: 8pt; }
-  th, td { padding: .2rem .3rem; }
-  td { white-space: normal; }
+  table { font-size: 7pt; }
+  th, td { padding: .2rem .25rem; }
   h2, h3, h4, caption, figcaption { break-after: avoid; }
-  tr, .word { break-inside: avoid; }
+  table, figure, tr, .word { break-inside: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "nemo": {"audio", "conformer", "model", "text"},
     "checkpoint": {"nemo", "download", "model", "conformer", "audio", "text"},
     "report": {"text", "wer", "stats"},
+    "report_html": set(),
     "embed": {"data", "model", "checkpoint", "runtime"},
     "decode": {"audio", "data", "runtime"},
 }
