@@ -6,22 +6,29 @@ Decodes the test manifest to a file (hyps.jsonl: the manifest's rows plus `pred_
 errors from that file's rows; another system's output in that form is audited by --predictions.
 
     python evaluate.py --predictions hyps.jsonl --by ethnicity gender ethnicity+gender
+    python evaluate.py --compare before.jsonl after.csv --by ethnicity
     python evaluate.py --audio a.wav b.mp3
 """
 
 import argparse
+import csv
 import json
 import shlex
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
-from fairasr_min import checkpoint, data, report, runtime, wer
+from fairasr_min import checkpoint, data, report, runtime
 from fairasr_min.audio import AudioError, audio_seconds, read_audio
 from fairasr_min.decode import LONGEST, decode
+from fairasr_min.report_html import to_html
 from fairasr_min.runtime import at_least
-from fairasr_min.text import NORMALIZATION, normalize
+from fairasr_min.stats import StatisticsError
+from fairasr_min.text import normalize, normalizer
 
 MODEL = "runs/finetune/model.pt"
+MANY_GROUPS = 200  # compared each with each, they make 20,000 pairs
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -35,11 +42,32 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", default=MODEL, metavar="X", 
         help="model file of stage 2, .nemo archive, its https address or Hugging Face name "
              "(%(default)s)")
-    add("--predictions", metavar="FILE",
-        help="JSON lines with `text` and `pred_text`, instead of a model and a manifest")
+    add("--predictions", nargs="+", metavar="FILE",
+        help="another system's output, instead of a model and a manifest: JSON lines, .csv or .tsv "
+             "with `text` and `pred_text`; further files are compared with the first")
+    add("--compare", nargs="+", metavar="FILE", help="more such files, of the same utterances")
+    add("--id", metavar="COL",
+        help="column by which files are joined (audio_filepath, with offset if there is one)")
     add("--audio", nargs="+", metavar="FILE", help="only print what is said in these files")
     add("--by", nargs="+", default=[], metavar="COL",
         help="group columns, one table each; a+b crosses two")
+    add("--bins", nargs="+", default=[], metavar="COL=N,N",
+        help="cut a column of numbers into groups: age=0,18,30,46,66")
+    add("--normalize", choices=["none", "basic", "whisper"], default="basic",
+        help="of both texts before counting (%(default)s)")
+    add("--reference", metavar="GROUP",
+        help="hold the others against this group, instead of each against each")
+    add("--cluster", metavar="COL",
+        help="who may share errors (speaker if there, else cluster, else every utterance)")
+    add("--min_speakers", type=at_least(1), default=1, metavar="N",
+        help="groups of fewer are shown, but left out of gaps and tests (%(default)s)")
+    add("--min_utterances", type=at_least(1), default=1, metavar="N", help="likewise (%(default)s)")
+    add("--adjust", nargs="+", metavar="COL",
+        help="also compare groups with these columns held fixed (needs statsmodels)")
+    add("--draws", type=at_least(100), default=10_000, metavar="N",
+        help="of the bootstrap and of the permutation test (%(default)s)")
+    add("--leakage", metavar="FILE",
+        help="leakage.json of `python -m fairasr_min.embed probe`, to be shown beside")
     add("--out", default="runs/evaluate", metavar="DIR",
         help="for hyps.jsonl, report.json, report.md (%(default)s)")
     add("--audio_root", metavar="DIR",
@@ -48,8 +76,8 @@ def arguments() -> argparse.ArgumentParser:
         help="go on without up to this many bad rows (%(default)s)")
     add("--batch_size", type=at_least(1), default=32, metavar="N",
         help="utterances per process; the texts do not depend on it (%(default)s)")
-    add("--seed", type=at_least(0), default=0, metavar="N", 
-        help="recorded; nothing is random here yet")
+    add("--seed", type=at_least(0), default=0, metavar="N",
+        help="of the draws (%(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
         help="of matrix products (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
@@ -71,21 +99,19 @@ def make_folder(args) -> None:
         raise runtime.UserError(f"{args.manifest} would be overwritten; give another --out")
 
 
-def load_model(args):
-    """The recogniser of --model. Raises UserError, CheckpointError."""
+def load_model_file(args, world) -> dict:
+    """The model file of --model. Raises UserError, CheckpointError."""
     if args.model == MODEL and not Path(MODEL).exists():
         raise runtime.UserError(
             f"{MODEL} is not there: run python finetune.py first, or name another with --model"
         )
-    return checkpoint.load_model(args.model)
-
-
-def transcribe(args, world) -> tuple[list[dict], dict]:
-    """The manifest's rows with `pred_text`, and what made them."""
     with runtime.first_process_first(world):  # which may have to download it
-        model = load_model(args).to(world.device)
-    about = checkpoint.load_model_file(args.model)
-    trained = about["arguments"]  # none in a .nemo archive
+        return checkpoint.load_model_file(args.model)
+
+
+def read_manifest(args, file: dict, world) -> tuple[list[data.Utterance], dict]:
+    """What the model of that file is to transcribe, and what the report will rest on."""
+    trained = file["arguments"]  # none in a .nemo archive
     if args.manifest is None and trained:
         args.manifest = str(Path(trained["train_manifest"]).parent / "test.jsonl")
         args.audio_root = args.audio_root or trained["audio_root"]
@@ -96,17 +122,11 @@ def transcribe(args, world) -> tuple[list[dict], dict]:
         args.manifest, args.audio_root, "optional", world.main, LONGEST
     )
     utterances = data.settle(args.manifest, utterances, bad, args.max_bad, world.say)
-    data.require_columns(args.manifest, [u.row for u in utterances], args.by)
-    hours = sum(u.seconds for u in utterances) / 3600
-    world.say(f"transcribing {args.manifest}: {len(utterances):,} utterances, {hours:.2f} h")
-    make_folder(args)
-    texts = decode(model, utterances, world, args.batch_size, args.precision, args.num_workers)
-    rows = [{**u.row, "pred_text": text} for u, text in zip(utterances, texts)]
-    return rows, {
+    return utterances, {
         "manifest": args.manifest,
         "model": args.model,
-        "model_sha256": data.fingerprint(about["path"]),
-        "model_commit": about["commit"],
+        "model_sha256": data.fingerprint(file["path"]),
+        "model_commit": file["commit"],
         "manifest_sha256": data.fingerprint(args.manifest),
         "precision": args.precision,
         "trained_on": trained.get("train_manifest"),
@@ -114,35 +134,154 @@ def transcribe(args, world) -> tuple[list[dict], dict]:
     }
 
 
-def read_predictions(args) -> tuple[list[dict], dict]:
-    """Rows of another system's output. Raises ManifestError."""
+def read_rows(path: str, needed: tuple[str, ...]) -> list[dict]:
+    """Rows of a file of predictions: JSON lines, or a table with column names (.csv, .tsv).
+    Raises ManifestError."""
     rows = []
     try:
-        lines = Path(args.predictions).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise data.ManifestError(f"{args.predictions}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise TypeError("expected a JSON object")
-            if not (isinstance(row["text"], str) and isinstance(row["pred_text"], str)):
-                raise TypeError("text and pred_text must be strings")
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"missing {error}" if isinstance(error, KeyError) else error
-            raise data.ManifestError(f"{args.predictions}:{number}: {reason}") from None
-        rows.append(row)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.endswith((".csv", ".tsv")):
+                csv.field_size_limit(2**31 - 1)
+                table = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
+                numbered = ((table.line_num, row) for row in table)
+            else:
+                numbered = ((n, line) for n, line in enumerate(file, 1) if line.strip())
+            for number, row in numbered:
+                rows.append(read_row(row, needed, f"{path}:{number}"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise data.ManifestError(f"{path}: cannot be read ({error}); UTF-8 is expected") from None
     if not rows:
-        raise data.ManifestError(f"{args.predictions}: holds no rows")
-    data.require_columns(args.predictions, rows, args.by)
-    make_folder(args)
-    return rows, {
-        "manifest": args.predictions,
-        "manifest_sha256": data.fingerprint(args.predictions),
-        "model": "whatever wrote that file",
+        raise data.ManifestError(f"{path}: holds no rows")
+    return rows
+
+
+def read_row(row: str | dict, needed: tuple[str, ...], where: str) -> dict:
+    """One row, with the texts that it needs. Raises ManifestError."""
+    try:
+        row = json.loads(row) if isinstance(row, str) else row
+    except (ValueError, RecursionError) as error:
+        raise data.ManifestError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise data.ManifestError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for name in needed:
+        if name not in row:
+            there = ", ".join(str(key) for key in row)
+            raise data.ManifestError(f"{where}: missing {name!r}; columns there are: {there[:300]}")
+        if not isinstance(row[name], str):
+            raise data.ManifestError(f"{where}: {name} must be a text, not {row[name]!r:.80}")
+    return row
+
+
+def key_of(row: dict, column: str | None) -> str | None:
+    """What names an utterance in all files: --id, else its audio (and the part of it)."""
+    if column is not None:
+        return None if row.get(column) in (None, "") else str(row[column])
+    offset = "" if row.get("offset") is None else f" at {row['offset']} s"
+    return None if row.get("audio_filepath") is None else f"{row['audio_filepath']}{offset}"
+
+
+def by_key(rows: list[dict], path: str, column: str | None) -> dict[str, dict]:
+    """Rows by what names them. Raises ManifestError unless each has a name of its own."""
+    found = {}
+    for number, row in enumerate(rows, 1):
+        key = key_of(row, column)
+        if key is None:
+            raise data.ManifestError(
+                f"{path}: row {number} has no {column or 'audio_filepath'}; systems are compared "
+                "utterance by utterance: --id names the column to join by"
+            )
+        if key in found:
+            raise data.ManifestError(f"{path}: row {number}: {key!r} is there twice; --id COL?")
+        found[key] = row
+    return found
+
+
+def read_predictions(args) -> tuple[list[dict], dict[str, list[str]], dict, list[str]]:
+    """Rows of the first file, every system's texts for them, what they are, and warnings.
+
+    Several files are joined: what one of them lacks is left out everywhere. Raises ManifestError.
+    """
+    first, *others = [*(args.predictions or []), *(args.compare or [])]
+    if len({first, *others}) <= len(others):
+        raise data.ManifestError("the same file is given twice")
+    rows = read_rows(first, ("text", "pred_text"))
+    about = {"manifest": first, "manifest_sha256": data.fingerprint(first), "model": first}
+    if not others:
+        keys = [key for row in rows if (key := key_of(row, args.id)) is not None]
+        repeats = len(keys) - len(set(keys))
+        warnings = [f"{first}: {repeats} rows repeat an utterance; each is counted"]
+        return rows, {first: [r["pred_text"] for r in rows]}, about, warnings if repeats else []
+    warnings = []
+    systems = {first: by_key(rows, first, args.id)}
+    for path in others:
+        systems[path] = by_key(read_rows(path, ("pred_text",)), path, args.id)
+    everywhere = [key for key in systems[first] if all(key in rows for rows in systems.values())]
+    every = {key for rows in systems.values() for key in rows}
+    for path, there in systems.items():
+        if lacking := sorted(every - set(there)):
+            more = ", ..." if len(lacking) > 10 else ""
+            warnings.append(
+                f"{path} lacks {len(lacking):,} utterances, left out for all systems: "
+                f"{', '.join(lacking[:10])}{more}"
+            )
+    if not everywhere:
+        raise data.ManifestError(f"no utterance is in all of {', '.join(systems)}; --id COL?")
+    rows = [systems[first][key] for key in everywhere]
+    for path in others:
+        texts = [
+            (systems[path][key].get("text"), row["text"]) for key, row in zip(everywhere, rows)
+        ]
+        if differ := sum(isinstance(a, str) and normalize(a) != normalize(b) for a, b in texts):
+            warnings.append(f"{path}: {differ:,} reference texts differ; those of {first} count")
+        about[f"sha256 of {path}"] = data.fingerprint(path)
+    texts = {
+        path: [there[key]["pred_text"] for key in everywhere] for path, there in systems.items()
     }
+    return rows, texts, about, warnings
+
+
+def read_bins(args) -> dict[str, list[float]]:
+    """--bins COL=EDGE,EDGE,... Raises UserError."""
+    bins = {}
+    for one in args.bins:
+        column, _, edges = one.partition("=")
+        try:
+            bins[column] = [float(edge) for edge in edges.split(",")]
+        except ValueError:
+            bins[column] = []
+        if not bins[column] or sorted(set(bins[column])) != bins[column]:
+            raise runtime.UserError(f"--bins {one}: COLUMN=0,18,30 with rising numbers is expected")
+    return bins
+
+
+def numbers(values: list) -> list:
+    """As numbers if all are (a table has only texts), else as texts; None where missing."""
+    values = [None if value in (None, "") else value for value in values]
+    try:
+        return [None if value is None else float(value) for value in values]
+    except (TypeError, ValueError):
+        return [None if value is None else str(value) for value in values]
+
+
+def cluster_of(args, rows: list[dict], where: str) -> tuple[list | None, str, list[str]]:
+    """Who speaks in each row (None: nobody knows), by which column, and warnings."""
+    column = args.cluster
+    if column is not None:
+        data.require_columns(where, rows, [column])
+    else:
+        named = ("speaker", "cluster")
+        column = next((c for c in named if any(data.label_of(r, c) for r in rows)), None)
+    if column is None:
+        alone = (
+            "no speaker is named: intervals and tests take utterances for independent, which those "
+            "of one speaker are not, and are too narrow (--cluster names a column)"
+        )
+        return None, "utterance", [alone]
+    speakers = [data.label_of(row, column) for row in rows]
+    unknown = speakers.count(None)
+    speakers = [(i,) if s is None else s for i, s in enumerate(speakers)]
+    warnings = [f"{unknown:,} utterances without {column}: each counts as a speaker of its own"]
+    return speakers, column, warnings if unknown else []
 
 
 def write_all(folder: Path, files: dict[str, str]) -> None:
@@ -167,7 +306,7 @@ def main() -> int:
     world = runtime.setup(args.device)
     runtime.check_precision(args.precision, world.device)
     if args.audio:
-        model = load_model(args).to(world.device)
+        model = checkpoint.recogniser(load_model_file(args, world)).to(world.device)
         for path in args.audio:
             if (seconds := audio_seconds(path)) > LONGEST:
                 raise AudioError(f"{path}: {seconds:.0f} s; at most {LONGEST:.0f} s, cut it up")
@@ -175,38 +314,101 @@ def main() -> int:
             world.say(text if len(args.audio) == 1 else f"{path}: {text}")
         return 0
 
-    rows, about = read_predictions(args) if args.predictions else transcribe(args, world)
+    bins = read_bins(args)
+    try:
+        clean, cleaned = normalizer(args.normalize)
+        text = Path(args.leakage).read_text(encoding="utf-8") if args.leakage else "null"
+        leakage = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise runtime.UserError(str(error)) from None
+    warnings, decoding = [], not (args.predictions or args.compare)
+    if decoding:
+        file = load_model_file(args, world)
+        model = checkpoint.recogniser(file).to(world.device)
+        utterances, about = read_manifest(args, file, world)
+        rows = [u.row for u in utterances]
+    else:
+        rows, texts, about, warnings = read_predictions(args)
+
+    # ---- groups and speakers, before the long work
+    data.require_columns(about["manifest"], rows, [*args.by, *bins, *(args.adjust or [])])
+    binned = [
+        {**row, **{c: data.bin_of(row.get(c), edges) for c, edges in bins.items()}} for row in rows
+    ] if bins else rows  # fmt: skip
+    groups = {column: [data.label_of(row, column) for row in binned] for column in args.by}
+    for column, labels in groups.items():
+        if (n := len(set(labels))) > MANY_GROUPS:
+            raise data.ManifestError(
+                f"{about['manifest']}: column {column!r} has {n:,} values; at most {MANY_GROUPS} "
+                "groups make a report (--bins cuts numbers into groups)"
+            )
+    covariates = {
+        column: numbers([row.get(column) for row in rows]) for column in args.adjust or []
+    }
+    speakers, cluster, more = cluster_of(args, rows, about["manifest"])
+    if args.reference and not any(args.reference in labels for labels in groups.values()):
+        raise data.ManifestError(f"no column of --by has a group {args.reference!r}")
+    make_folder(args)
+
+    # ---- what was said
+    if decoding:
+        hours = sum(u.seconds for u in utterances) / 3600
+        world.say(f"transcribing {args.manifest}: {len(utterances):,} utterances, {hours:.2f} h")
+        heard = decode(model, utterances, world, args.batch_size, args.precision, args.num_workers)
+        rows = [{**row, "pred_text": text} for row, text in zip(rows, heard)]
+        texts = {args.model: heard}
     if not world.main:
         return 0
 
-    errors = [wer.count_errors(normalize(r["text"]), normalize(r["pred_text"])) for r in rows]
-    groups = {column: [data.label_of(r, column) for r in rows] for column in args.by}
+    # ---- the report
+    references = [clean(row["text"]) for row in rows]
+    texts = {name: [clean(text) for text in spoken] for name, spoken in texts.items()}
     about |= {
         "synthetic": any(r.get("synthetic") for r in rows),
-        "normalization": NORMALIZATION,
-        "empty_references": sum(e.words == 0 for e in errors),
+        "normalization": cleaned,
+        "cluster": cluster,
+        "draws": args.draws,
         "seed": args.seed,
+        "min_speakers": args.min_speakers,
+        "min_utterances": args.min_utterances,
+        "reference": args.reference,
+        "bins": args.bins,
+        "empty_references": references.count(""),
         "commit": runtime.commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", *sys.argv]),
     }
-    result, out = report.make_report(errors, groups, about), Path(args.out)
+    out = Path(args.out)
+    ids = [key_of(row, args.id) or f"row {i}" for i, row in enumerate(rows, 1)]
+    result = report.make_report(
+        references, texts, groups, about,
+        clusters=speakers, ids=ids, reference=args.reference, min_speakers=args.min_speakers,
+        min_utterances=args.min_utterances, covariates=covariates, draws=args.draws, seed=args.seed,
+    )  # fmt: skip
+    result["warnings"] = [*warnings, *more, *result["warnings"]]
+    result["leakage"] = leakage
     written = {
-        "hyps.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        "report.json": json.dumps(result, indent=2, ensure_ascii=False) + "\n",
+        "report.json": json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.csv": report.to_csv(result),
         "report.md": report.to_markdown(result),
+        "report.html": to_html(result),
     }
-    if args.predictions:
-        del written["hyps.jsonl"]  # it is the input
+    if decoding:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        written = {"hyps.jsonl": lines, **written}
     write_all(out, written)
+    if decoding and "training" in file:  # finetune.py has written it
+        card = {**file, "config": asdict(file["config"])}
+        report.write_model_card(Path(file["path"]).parent, card, result)
     print(report.to_text(result))
     print("\nwritten: " + ", ".join(str(out / name) for name in written))
     columns = [c for c in data.group_columns(rows) if c not in args.by]
     if columns:
-        hyps = args.predictions or out / "hyps.jsonl"
+        hyps = out / "hyps.jsonl" if decoding else about["manifest"]
         print(f"next, without decoding again: python evaluate.py --predictions {hyps} --by COLUMN")
         print(f"  (a+b crosses two; columns that look like groups: {', '.join(columns)})")
     return 0
 
 
 if __name__ == "__main__":
-    runtime.run(main, (data.ManifestError, AudioError, checkpoint.CheckpointError))
+    runtime.run(main, (data.ManifestError, AudioError, checkpoint.CheckpointError, StatisticsError))

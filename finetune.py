@@ -13,11 +13,12 @@ group; the test manifest is never looked at. Writes runs/finetune/model.pt for e
 import argparse
 import shlex
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from fairasr_min import checkpoint, data, losses, runtime, wer
+from fairasr_min import checkpoint, data, losses, report, runtime, wer
 from fairasr_min.audio import AudioError, SpecAugment
 from fairasr_min.conformer import SIZES
 from fairasr_min.decode import LONGEST, decode
@@ -290,14 +291,28 @@ def main() -> int:
                 "log_size": size,
             })  # fmt: skip
 
+    about = {
+        "stage": 2,
+        "labels": initial.get("labels", {}) if initial else {},
+        "synthetic": synthetic,
+        "commit": runtime.commit(),
+        "stage1": initial["arguments"] if initial else None,
+        "training": {
+            "manifest": args.train_manifest,
+            "sha256": record["manifest_sha256"],
+            "utterances": len(utterances),
+            "hours": hours,
+            "groups": data.describe(utterances),
+        },
+    }
+
     def save_best(step, seen):
         if world.main:
+            found = {**about, "step": step, "dev": seen}
             checkpoint.save_model(
-                result, "ctc", config, model.state_dict(), tokenizer.model, record,
-                stage=2, step=step, dev=seen, labels=initial.get("labels", {}) if initial else {},
-                synthetic=synthetic, commit=runtime.commit(),
-                stage1=initial["arguments"] if initial else None,
-            )  # fmt: skip
+                result, "ctc", config, model.state_dict(), tokenizer.model, record, **found
+            )
+            report.write_model_card(out, {**found, "config": asdict(config), "arguments": record})
 
     # ---- the loop
     accum, recent = args.grad_accum, deque(maxlen=runtime.TOO_MANY_SKIPS)

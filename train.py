@@ -162,17 +162,24 @@ def main() -> int:
     utterances = load(args.manifest)
     values = data.label_values(args.manifest, utterances, labels, world.say)
 
-    def batched(utterances):
+    def batched(manifest, utterances):
         """Data set and batches; utterances of similar length, and so the negatives, share one."""
         ids, draws = data.label_ids(utterances, values), 2 * AUGMENT.n_draws  # for two views
+        if len(utterances) < max(2, world.size):
+            raise data.ManifestError(
+                f"{manifest}: {len(utterances)} utterance(s) left, too few: a batch contrasts two "
+                "or more, at least one for each process"
+            )
         seconds = [u.seconds for u in utterances]
         return (
             data.SpeechDataset(utterances, args.seed, ids, n_draws=draws),
             data.Batches(seconds, args.batch_size, args.seed, world.size, smallest=2),
         )
 
-    train_set, batches = batched(utterances)
-    dev_set, dev_batches = batched(load(args.dev_manifest)) if args.dev_manifest else (None, None)
+    train_set, batches = batched(args.manifest, utterances)
+    dev_set = dev_batches = None
+    if args.dev_manifest:
+        dev_set, dev_batches = batched(args.dev_manifest, load(args.dev_manifest))
     synthetic = data.is_synthetic(utterances)
     steps = max(1, args.epochs * len(batches) // args.grad_accum)
     last = steps if args.max_steps is None else min(steps, args.max_steps)

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import pickle
+import signal
 import sys
 import warnings
 import zipfile
@@ -208,14 +209,19 @@ def load_model(source: str | Path) -> ConformerCTC:
     """A recogniser ready to transcribe (eval mode, CPU) from a model file of stage 2, or whatever
     else has a CTC head. Raises CheckpointError; for a stage-1 file, saying what to run.
     """
-    payload = load_model_file(source)
+    return recogniser(load_model_file(source))
+
+
+def recogniser(payload: dict) -> ConformerCTC:
+    """The same from what load_model_file returns."""
+    path = payload["path"]
     if payload["kind"] != "ctc":
         raise CheckpointError(
-            f"{source}: an encoder without a CTC head (stage 1); "
-            f"first run: python finetune.py --init {source}"
+            f"{path}: an encoder without a CTC head (stage 1); "
+            f"first run: python finetune.py --init {path}"
         )
     model = ConformerCTC(payload["config"], Tokenizer(payload["tokenizer"]))
-    load_weights(model, payload, source, ("encoder", "log_mel", "decoder"))
+    load_weights(model, payload, path, ("encoder", "log_mel", "decoder"))
     return model.eval()
 
 
@@ -390,6 +396,8 @@ def main() -> int:
     give.add_argument("model", metavar="MODEL")
     give.add_argument("out", metavar="OUT.nemo")
     args = p.parse_args()
+    if hasattr(signal, "SIGPIPE"):  # `... | head` ends us quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         if args.command == "info":
             print(describe(args.model))

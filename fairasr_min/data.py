@@ -9,6 +9,7 @@ Shapes: B batch, S samples at 16 kHz, L label columns, U target units.
 """
 
 import argparse
+import bisect
 import hashlib
 import json
 import math
@@ -292,6 +293,26 @@ def label_of(row: dict, column: str) -> str | None:
     return " + ".join(values)
 
 
+def bin_of(value, edges: list[float]) -> str | None:
+    """The bin of a number: with the edges 0, 18, 66, "0-17" or "18-65" or "66+". None if the value
+    is no number. A bin holds its lower edge, and what lies between 17 and 18 too."""
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        return None
+    if value != value:
+        return None
+    names = [f"{edge:g}" for edge in edges]
+    place = bisect.bisect_right(edges, value)
+    if place == 0:
+        return f"under {names[0]}"
+    if place == len(edges):
+        return f"{names[-1]}+"
+    upper = edges[place]
+    whole = all(float(edge).is_integer() for edge in edges)
+    return f"{names[place - 1]}-{upper - 1:g}" if whole else f"{names[place - 1]} to {upper:g}"
+
+
 def group_columns(rows: list[dict]) -> list[str]:
     """Columns that look like groups: 2 to 50 distinct values, fewer than rows; not `speaker`."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -302,6 +323,19 @@ def group_columns(rows: list[dict]) -> list[str]:
         values = {label_of(row, name) for row in rows} - {None}
         if 2 <= len(values) <= MANY_VALUES and len(values) < len(rows):
             found.append(name)
+    return found
+
+
+def describe(utterances: list[Utterance]) -> dict[str, dict[str, dict]]:
+    """Utterances and hours of each group of each column that looks like groups."""
+    found = {}
+    for column in group_columns([u.row for u in utterances]):
+        groups = {}
+        for u in utterances:
+            group = groups.setdefault(label_of(u.row, column) or "(missing)", [0, 0.0])
+            group[0] += 1
+            group[1] += u.seconds / 3600
+        found[column] = {k: {"utterances": n, "hours": h} for k, (n, h) in sorted(groups.items())}
     return found
 
 

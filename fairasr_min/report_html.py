@@ -567,8 +567,7 @@ def _versus(c: dict) -> str:
 def _comparison(c: dict) -> str:
     test, overall = c["mapsswe"], c["overall"]
     return f"""<h3>{_versus(c)}</h3>
-        <p>On the {_count(c["utterances"])} utterances that both have (only in A:
-        {_count(c["only_in_a"])}; only in B: {_count(c["only_in_b"])}), the word error rate of A
+        <p>On the {_count(c["utterances"])} utterances that all systems have, the rate of A
         minus that of B is {_sure(overall, _points, " points")}: {_lower(overall)}. MAPSSWE, for
         comparison with other work (it takes utterances to be independent, which those of one
         speaker are not): {_number(test["mean"], "+z.4f")} errors an utterance, statistic

@@ -118,6 +118,9 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error).split("\n")[0][:200] or "the system gives no more"
         code, message = 2, f"out of memory ({reason}); try a smaller --batch_size or --max_seconds"
+    except KeyboardInterrupt:  # outside of a loop that saves
+        print("interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
@@ -128,7 +131,7 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
         code, message = 2, f"lost another process; the cause stands above, or below ({reason})"
     if code == 2:
         print(f"error: {rank}{message}", file=sys.stderr, flush=True)
-    elif dist.is_initialized():  # after an error the others may wait for us in vain
+    elif code == 0 and dist.is_initialized():  # else the others may wait for us in vain
         dist.destroy_process_group()
     sys.exit(code)
 

@@ -455,7 +455,7 @@ def _disparity(sums: np.ndarray, mean_square: float) -> np.ndarray:
     """Statistic, gap, standard deviation (3, draws) from the five sums (draws, G, 5) of groups."""
     e, n, ee, en, nn = np.moveaxis(sums, 2, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        rate = e / n  # NaN: dealt no words
+        rate = np.where(n > 0, e / n, np.nan)  # NaN: dealt no words
         # A residual of average size more keeps the variance above zero; as one residual is lost to
         # the estimated rate, it also corrects the bias.
         weight = n**2 / (np.maximum(ee - 2 * rate * en + rate**2 * nn, 0) + mean_square)

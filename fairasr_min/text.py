@@ -6,6 +6,7 @@ V is the number of units; the CTC blank is class V, the last one.
 import io
 import re
 import unicodedata
+from collections.abc import Callable
 
 import sentencepiece
 
@@ -37,6 +38,24 @@ def normalize(text: str) -> str:
         kept.append(char if char == "'" or category[0] in "LMN" else " ")
     words = unicodedata.normalize("NFC", "".join(kept)).split()
     return " ".join(word for word in words if word.strip("'"))
+
+
+def normalizer(name: str) -> tuple[Callable[[str], str], str]:
+    """The function of that name, and what to write down of it.
+
+    none: texts as they are. basic: normalize(). whisper: the English normalisation of Radford et
+    al. 2022 (numbers, spellings, contractions), from the package whisper-normalizer. Raises
+    ValueError if that is not installed.
+    """
+    if name == "none":
+        return str.strip, "none"
+    if name == "basic":
+        return normalize, NORMALIZATION
+    try:
+        from whisper_normalizer.english import EnglishTextNormalizer
+    except ImportError:
+        raise ValueError("--normalize whisper needs: pip install whisper-normalizer") from None
+    return EnglishTextNormalizer(), "whisper (English)"
 
 
 class Tokenizer:

@@ -1,4 +1,4 @@
-"""Word errors: counted per utterance first, divided last. No torch here.
+"""Word and character errors: counted per utterance first, divided last. No torch here.
 
 The number printed while training and the one in the report come from these functions.
 """
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jiwer
+from rapidfuzz.distance import Levenshtein
 
 
 class Errors(NamedTuple):
@@ -17,6 +18,9 @@ class Errors(NamedTuple):
     insertions: int = 0
     words: int = 0  # of the reference
     utterances: int = 0
+    wrong_utterances: int = 0  # those with an error
+    characters: int = 0  # of the reference, spaces between words included
+    character_errors: int = 0
 
     @property
     def total(self) -> int:
@@ -33,11 +37,34 @@ def count_errors(reference: str, hypothesis: str) -> Errors:
 
     An empty reference counts every hypothesised word as an insertion and adds no word.
     """
-    words = len(reference.split())
-    if words == 0:
-        return Errors(insertions=len(hypothesis.split()), utterances=1)
+    reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
+    in_characters = (
+        int(reference != hypothesis),
+        len(reference),
+        Levenshtein.distance(reference, hypothesis),
+    )
+    if not reference:
+        return Errors(0, 0, len(hypothesis.split()), 0, 1, *in_characters)
     out = jiwer.process_words(reference, hypothesis)
-    return Errors(out.substitutions, out.deletions, out.insertions, words, 1)
+    words = len(reference.split())
+    return Errors(out.substitutions, out.deletions, out.insertions, words, 1, *in_characters)
+
+
+def align(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
+    """What became of the words of one utterance: ("equal", "substitute", "delete" or "insert",
+    reference words, hypothesised words), one after another."""
+    if not reference.split():
+        return [("insert", "", " ".join(hypothesis.split()))] if hypothesis.split() else []
+    out = jiwer.process_words(reference, hypothesis)
+    ref, hyp = out.references[0], out.hypotheses[0]
+    return [
+        (
+            c.type,
+            " ".join(ref[c.ref_start_idx : c.ref_end_idx]),
+            " ".join(hyp[c.hyp_start_idx : c.hyp_end_idx]),
+        )
+        for c in out.alignments[0]
+    ]
 
 
 def add(errors: Sequence[Errors]) -> Errors:
@@ -50,22 +77,3 @@ def by_group(errors: Sequence[Errors], labels: Sequence[str | None]) -> dict[str
     for one, label in zip(errors, labels, strict=True):
         groups.setdefault(label, []).append(one)
     return {k: add(groups[k]) for k in sorted(groups, key=lambda k: (k is None, k or ""))}
-
-
-class Disparity(NamedTuple):
-    """How far apart the labelled groups are; WERs as fractions."""
-
-    worst: str
-    best: str
-    gap: float  # worst WER - best WER
-    ratio: float | None  # worst WER / best WER; None if the best group has no error
-
-
-def disparity(groups: dict[str | None, Errors]) -> Disparity | None:
-    """Gap between the groups that have a label and words; None with fewer than two of them."""
-    rates = {label: e.wer for label, e in groups.items() if label is not None and e.words}
-    if len(rates) < 2:
-        return None
-    worst, best = max(rates, key=rates.get), min(rates, key=rates.get)
-    ratio = rates[worst] / rates[best] if rates[best] else None
-    return Disparity(worst, best, rates[worst] - rates[best], ratio)

@@ -361,7 +361,9 @@ def test_batches_of_one(folder, attempt):
     assert code == 2 and "--batch_size 1: nothing to contrast" in printed
     write(folder / "one.jsonl", [row(0)])
     code, printed = attempt("train", "--balance_param", 0, manifest="one.jsonl")
-    assert code == 2 and "too few; a batch needs 2" in printed
+    assert code == 2 and "one.jsonl: 1 utterance(s) left, too few" in printed
+    code, printed = attempt("train", dev="one.jsonl")
+    assert code == 2 and "one.jsonl: 1 utterance(s) left, too few" in printed
     (folder / "one.jsonl").unlink()
     assert contents(folder) == before
     code, printed = attempt("train", "--batch_size", 5)  # six: not five and one
@@ -617,7 +619,10 @@ def test_a_report_without_room_leaves_the_one_before(folder, attempt, monkeypatc
 PREDICTIONS = {
     "broken JSON": ('{"text": "a"', r"p.jsonl:2: "),
     "no pred_text": ('{"text": "a"}', "p.jsonl:2: missing 'pred_text'"),
-    "pred_text is null": ('{"text": "a", "pred_text": null}', "p.jsonl:2: .*must be strings"),
+    "pred_text is null": (
+        '{"text": "a", "pred_text": null}',
+        "p.jsonl:2: pred_text must be a text, not None",
+    ),
     "a list": ('["a", "b"]', "p.jsonl:2: expected a JSON object"),
 }
 

@@ -771,3 +771,11 @@ def test_nothing_is_numpy_in_the_results():
     assert plain(rates_by_group(*data, draws=20)) and plain(permutation_test(*data, draws=20))
     assert plain(compare(errors, errors // 2, words, clusters, labels, draws=20))
     assert plain(stats.mapsswe(errors, errors // 2))
+
+
+def test_a_deal_without_words_but_with_insertions_has_no_rate():
+    """Three clusters, one of them all insertions: dealt alone to a group, it has no rate."""
+    test = stats.permutation_test(
+        np.array([1, 2, 1]), np.array([9, 2, 0]), ["x", "y", "z"], ["a", "b", "b"], draws=50
+    )
+    assert np.isfinite([*test.gap, *test.deviation, test.p]).all()
