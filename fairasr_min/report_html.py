@@ -218,7 +218,7 @@ class Axis(NamedTuple):
 
 def _axis(values: list[float], ends: list[float] = ()) -> Axis:
     """From 0 or below to all values, and to ends of intervals unless they dwarf the values."""
-    furthest = 4 * max([0.05, *map(abs, values)])
+    furthest = 1.5 * max([0.05, *map(abs, values)])
     shown = [0.0, *values, *(min(max(x, -furthest), furthest) for x in ends)]
     low, high = min(shown), max(max(shown), min(shown) + 1e-4)
     rough = (high - low) / 4
@@ -452,8 +452,8 @@ def _left_out(groups: dict, about: dict) -> str:
             of a label, of words, or of {_count(about.get("min_speakers"))} speakers and
             {_count(about.get("min_utterances"))} utterances.""")
     if any(m["few_clusters"] for m in groups.values()):
-        notes.append("""<b>few</b>: fewer than 30 speakers (or what stands for them, see the
-            settings); the interval is less certain than others.""")
+        notes.append("""<b>few</b>: so few speakers (or what stands for them, see the settings)
+            that interval and test deserve less trust.""")
     return f'<p class="note">{" ".join(notes)}</p>' if notes else ""
 
 

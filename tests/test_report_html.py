@@ -442,6 +442,8 @@ def unprintable(c):
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_text_from_the_data_stays_text(hostile):
     report = make_report()
+    refused = {"refused": "a reason"}
+    report["by"]["gender+age"] |= {"no_difference": refused, "adjusted": refused}
     hostile = hostile.replace("+", "-")
     word = "_".join(hostile.split())  # an alignment is split at white space
     changed = renamed(report, lambda name: f"{hostile}{name}{word}")
@@ -619,6 +621,8 @@ def test_dots_intervals_and_the_line_of_everyone_lie_where_they_should():
         assert shape in (dot.tag, dot.attributes.get("class"))
     ticks = [(e.text, at(e, "x")) for e in rows["scale from 0 to 30"]]
     assert ticks[0] == ("0", 0) and ticks[-1] == ("30", 100)
+    grid = [at(e, "x1") for e in page().all("line", class_="grid")][: len(ticks)]
+    assert grid == [place for _, place in ticks]
     assert [float(text) / 30 * 100 for text, _ in ticks] == pytest.approx(
         [place for _, place in ticks], abs=0.01
     )
@@ -633,6 +637,8 @@ def test_bars_add_up_to_the_word_error_rate():
     ends = [(at(m, "x") + at(m, "width")) * scale / 100 for m in marks]
     assert ends == pytest.approx([5, 8, 10.1], abs=0.02)
     assert [at(m, "x") * scale / 100 for m in marks] == pytest.approx([0, 5, 8], abs=0.02)
+    last = rows["(missing): substitutions 10.10 %, deletions 6.00 %, insertions 4.10 %"][-1]
+    assert (at(last, "x") + at(last, "width")) * scale / 100 == pytest.approx(20.2, abs=0.02)
     (stripes,) = [m for m in rows[title] if m.tag == "line"]
     assert at(stripes, "x1") == at(marks[1], "x")
 
@@ -651,6 +657,7 @@ def test_an_interval_without_end_does_not_flatten_the_others():
     rows = drawings(only(x=part))
     reach, beyond, dot = rows["a: 10.00 %, 95 % interval 0.10 to 1.00e+202"][1:]
     assert beyond.text == "›" and at(reach, "x2") == 100 and at(dot, "cx") > 5
+    assert "scale from 0 to 30" in rows
     assert "›" not in "".join(m.text for m in rows["b: 20.00 %, 95 % interval 16.00 to 25.00"])
 
 
@@ -752,6 +759,17 @@ def test_which_system_errs_less(interval, words):
     text = Page(to_html(report)).text()
     assert words in text
     assert "On the 801 utterances that all systems have" in text
+    assert "+0.1717 errors an utterance, statistic 2.58, p = 0.0099." in text
+
+
+def test_only_sections_with_something_to_say_are_there():
+    def titles(report):
+        return [e.text for e in Page(to_html(report)).all("h2")]
+
+    first, second = "By group: finetune/model.pt", "By group: other.jsonl"
+    last = ["Systems compared", "Leakage beside word error rates", "Method and limits"]
+    assert titles(make_report()) == ["Summary", first, second, *last]
+    assert titles(only()) == ["Summary", "Method and limits"]
 
 
 def test_synthetic_speech_is_called_so_before_anything_else():
@@ -789,6 +807,8 @@ def test_leakage_stands_beside_the_gap_and_is_no_proxy():
         ["gap in word error rates, points", "5.04", "3.04 to 7.04"],
     ]
     assert "Neither leakage nor a gap in word error rates is a proxy" in parsed.text()
+    shapes = [marks[-1].tag for title, marks in drawings(make_report(), -1).items()]
+    assert shapes == ["circle", "rect", "circle", "rect", "text"]  # rect: untrained
     other = {"model": "x", "n": None, "columns": {"accent": {**PROBE, "linear": NOTHING}}}
     rows = page(leakage=other).table("accent: leakage beside the gap")
     assert rows[1] == ["linear probe", "n/a", "n/a"]
