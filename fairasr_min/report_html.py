@@ -666,7 +666,7 @@ def _method(report: dict) -> str:
     about = report["about"]
     rows = [[_text(name), _setting(value)] for name, value in about.items()]
     rows.append(["schema of report.json", _count(report["schema"])])
-    draws, cluster = _count(about.get("draws")), _name(about.get("cluster", "speaker"))
+    draws, cluster = _count(about.get("draws")), _name(about.get("cluster") or "speaker")
     synthetic = "<li>The speech is synthetic: nothing here is about people.</li>"
     return f"""<h3>Settings</h3>{_table("What the numbers rest on", ["setting", "value"], rows)}
         <h3>How the numbers were made</h3>
@@ -816,8 +816,8 @@ ol { padding-left: 1.6rem; }
   .scroll { overflow: visible; }
   table { font-size: 7pt; }
   th, td { padding: .2rem .25rem; }
-  h2, h3, h4, caption, figcaption { break-after: avoid; }
-  table, figure, tr, .word { break-inside: avoid; }
+  h2, h3, h4, caption, figcaption, summary { break-after: avoid; }
+  table, figure, tr, ol li { break-inside: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
