@@ -320,8 +320,10 @@ def _comparison_lines(c: dict, column: str | None) -> list[str]:
         verdict = "no telling whether the disparity changed"
         if low is not None and (low > 0 or high < 0):
             verdict = f"the disparity is {'smaller' if low > 0 else 'larger'} in {c['b']}"
-        lines.append(f"  gap: {percent(change['value'])} smaller in {c['b']} "
-                     f"(95 %: {between(change['interval'])}); {verdict}")  # fmt: skip
+        lines.append(
+            f"  gap of {c['a']} - gap of {c['b']}: {percent(change['value'])} "
+            f"(95 %: {between(change['interval'])}); {verdict}"
+        )
     return lines
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT, run, torchrun
 from fairasr_min import checkpoint
 from fairasr_min.conformer import SIZES
 from fairasr_min.model import ConformerCTC
+from fairasr_min.report import write_model_card
 from fairasr_min.text import normalize, train_tokenizer
 
 FEW = ["--epochs", 2, "--batch_size", 8, "--num_workers", 0]
@@ -127,6 +128,22 @@ def test_the_report_agrees_with_jiwer_and_with_the_predictions_file(stages, tmp_
     assert json.loads((tmp_path / "report.json").read_text())["overall"] == report["overall"]
     table = re.search(r"(?s)ethnicity .*?\n\n", printed["evaluate"]).group()
     assert table.strip() in again
+
+
+def test_the_model_card_says_on_whom_it_was_trained_and_how_it_does(stages, demo, tmp_path):
+    out, _ = stages
+    card = (out / "finetune" / "MODEL_CARD.md").read_text()
+    rows = [json.loads(line) for line in open(demo / "train.jsonl", encoding="utf-8")]
+    for group in ("group_a", "group_b", "group_c"):
+        n = sum(row["ethnicity"] == group for row in rows)
+        assert re.search(rf"(?m)^\| {group} \| {n} \| \d\.\d\d \|$", card)
+    assert "SYNTHETIC" in card and "to hide: ethnicity" in card and "- epochs: 2" in card
+    report = json.loads((out / "evaluate" / "report.json").read_text())
+    worst = report["by"]["ethnicity"]["worst"]
+    assert f"worst {worst}, best" in card  # evaluate.py has added it
+    (tmp_path / "MODEL_CARD.md").write_text("by hand")
+    write_model_card(tmp_path, {}, report)
+    assert (tmp_path / "MODEL_CARD.md").read_text() == "by hand"
 
 
 def test_the_dev_wer_while_training_is_the_one_of_evaluate(stages, demo, tmp_path):
