@@ -1,6 +1,8 @@
-"""A whole corpus to text: used for the dev set while training and by evaluate.py."""
+"""A whole corpus through a model: to text (the dev set while training, evaluate.py), or to whatever
+else comes of each utterance (embed.py)."""
 
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ from fairasr_min.runtime import World, autocast
 LONGEST = 300.0  # seconds in one piece: attention's memory grows with their square, to 4 GB here
 
 
-@torch.no_grad()
 def decode(
     model,
     utterances: list[Utterance],
@@ -26,12 +27,38 @@ def decode(
 ) -> list[str]:
     """The text of every utterance, in their order, on every process; greedy, eval mode.
 
-    The corpus is dealt out to the processes without repeating or padding, since each utterance
-    is encoded the same whatever its batch; long ones come in smaller batches. Leaves the model in
-    the mode it was in. Raises AudioError for a file that cannot be decoded.
+    Leaves the model in the mode it was in. Raises AudioError as encode_corpus does.
     """
     was_training = model.training
     model.eval()
+
+    def transcribe(waveforms, n_samples):
+        waveforms = [w[:n] for w, n in zip(waveforms, n_samples.tolist())]
+        with autocast(precision, world.device):
+            return model.transcribe(waveforms)
+
+    try:
+        return encode_corpus(transcribe, utterances, world, batch_size, num_workers)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def encode_corpus(
+    encode: Callable[[torch.Tensor, torch.Tensor], Sequence],
+    utterances: list[Utterance],
+    world: World,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    name: str = "decoding",
+) -> list:
+    """What encode(waveforms (B, S), n_samples (B,)) returns, B items on the CPU, for every
+    utterance, in their order, on every process. name: of the progress bar.
+
+    The corpus is dealt out to the processes without repeating or padding, since each utterance
+    is encoded the same whatever its batch; long ones come in smaller batches. Raises AudioError for
+    a file that cannot be decoded.
+    """
     batches, longest = [], LONGEST
     for i in np.argsort([-u.seconds for u in utterances], kind="stable"):  # like with like
         size = len(batches[-1]) if batches else batch_size
@@ -49,23 +76,19 @@ def decode(
         worker_init_fn=leave_signals,
     )
     quiet = not (world.main and sys.stderr.isatty())
-    texts, error = {}, None
-    for batch in tqdm(loader, "decoding", unit=" batches", leave=False, disable=quiet):
+    results, error = {}, None
+    for batch in tqdm(loader, name, unit=" batches", leave=False, disable=quiet):
         if isinstance(batch, AudioError):
             error = str(batch)
             break
-        n_samples = batch.n_samples.tolist()
-        waveforms = [w[:n] for w, n in zip(batch.waveforms, n_samples)]
-        with autocast(precision, world.device):
-            texts.update(zip(batch.index, model.transcribe(waveforms)))
-    model.train(was_training)
+        results.update(zip(batch.index, encode(batch.waveforms, batch.n_samples)))
 
-    shares = [(texts, error)]
+    shares = [(results, error)]
     if world.size > 1:
         shares = [None] * world.size
-        dist.all_gather_object(shares, (texts, error))
+        dist.all_gather_object(shares, (results, error))
     for _, error in shares:  # on all processes alike, so that none waits for another
         if error:
             raise AudioError(error)
-    texts = {index: text for share, _ in shares for index, text in share.items()}
-    return [texts[i] for i in range(len(utterances))]
+    results = {index: result for share, _ in shares for index, result in share.items()}
+    return [results[i] for i in range(len(utterances))]
