@@ -50,7 +50,7 @@ def transcribe(u: data.Utterance) -> str | AudioError:
         return error
     pcm = (waveform.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().tobytes()
     # The front end's estimate of the noise would stay for the next utterance, and texts would
-    # depend on what was transcribed before: 3 of 14 did.
+    # depend on what was transcribed before.
     _decoder.reinit_feat()
     _decoder.start_utt()
     _decoder.process_raw(pcm, full_utt=True)  # cepstral means are those of this utterance
