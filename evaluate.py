@@ -240,6 +240,21 @@ def read_predictions(args) -> tuple[list[dict], dict[str, list[str]], dict, list
     return rows, texts, about, warnings
 
 
+def read_leakage(path: str) -> dict:
+    """What `embed probe` wrote. Raises UserError."""
+    try:
+        leakage = json.loads(Path(path).read_text(encoding="utf-8"))
+        for found in leakage["columns"].values():
+            scores = (found["linear"], found["nonlinear"])
+            [found["chance"] + 0, *(score["value"] + 0 for score in scores)]
+            [score["interval"] for score in scores]
+    except OSError as error:
+        raise runtime.UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise runtime.UserError(f"{path}: not written by fairasr_min.embed probe") from None
+    return leakage
+
+
 def read_bins(args) -> dict[str, list[float]]:
     """--bins COL=EDGE,EDGE,... Raises UserError."""
     bins = {}
@@ -315,11 +330,10 @@ def main() -> int:
         return 0
 
     bins = read_bins(args)
+    leakage = read_leakage(args.leakage) if args.leakage else None
     try:
         clean, cleaned = normalizer(args.normalize)
-        text = Path(args.leakage).read_text(encoding="utf-8") if args.leakage else "null"
-        leakage = json.loads(text)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise runtime.UserError(str(error)) from None
     warnings, decoding = [], not (args.predictions or args.compare)
     if decoding:

@@ -327,6 +327,25 @@ def _comparison_lines(c: dict, column: str | None) -> list[str]:
     return lines
 
 
+def _leakage_lines(report: dict) -> list[str]:
+    """What a probe reads from the embeddings beside the gap, of each column."""
+    lines = []
+    for column, found in (report["leakage"] or {"columns": {}})["columns"].items():
+        probes = []
+        for name in ("linear", "nonlinear", "random_init_linear"):
+            if found.get(name):
+                score = f"{percent(found[name]['value'])} ({between(found[name]['interval'])})"
+                probes.append(f"{name.replace('_', ' ')} {score}")
+        gap = report["by"].get(column, {}).get("gap", {}).get("value")
+        lines.append(
+            f"{column}: balanced accuracy on unseen speakers, %: {', '.join(probes)}; chance "
+            f"{percent(found['chance'])}. Gap in word error rates: {percent(gap)} points"
+        )
+    if lines:
+        lines.append("Leakage is no proxy for gaps in word error rates, nor are they for leakage.")
+    return lines
+
+
 def _tables(report: dict):
     """(system, column, rows of cells, sentences) for each; the first row is everyone."""
     for system in [report, *report["others"]]:
@@ -355,6 +374,8 @@ def to_text(report: dict) -> str:
     for c in report["comparisons"]:
         for column in [None, *c["by"]]:
             lines += ["", *([column] if column else []), *_comparison_lines(c, column)]
+    if leakage := _leakage_lines(report):
+        lines += ["", "leakage", *leakage]
     return "\n".join([*lines, *(f"warning: {w}" for w in report["warnings"])])
 
 
@@ -368,6 +389,8 @@ def to_markdown(report: dict) -> str:
             title = f"{c['a']} against {c['b']}: {column or 'all'}"
             lines += ["", f"## {escape(title)}", ""]
             lines += [f"{escape(line)}  " for line in _comparison_lines(c, column)]
+    if leakage := _leakage_lines(report):
+        lines += ["", "## Leakage", "", *(f"{escape(line)}  " for line in leakage)]
     lines += ["", "## What the numbers rest on", ""]
     lines += [f"- {escape(f'{name}: {value}')}" for name, value in report["about"].items()]
     return "\n".join(lines) + "\n"

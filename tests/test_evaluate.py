@@ -284,6 +284,19 @@ def test_leakage_is_shown_beside(tmp_path, audit):
     file = write(tmp_path / "p.jsonl", spoken())
     code, printed, _ = audit("--predictions", file, "--leakage", tmp_path / "gone.json")
     assert code == 2 and "gone.json" in printed
-    (tmp_path / "broken.json").write_text("{")
-    code, printed, _ = audit("--predictions", file, "--leakage", tmp_path / "broken.json")
-    assert code == 2
+    for content in ("{", "[]", "{}", '{"columns": {"gender": {}}}', '{"columns": [1]}'):
+        (tmp_path / "broken.json").write_text(content)
+        code, printed, _ = audit("--predictions", file, "--leakage", tmp_path / "broken.json")
+        assert code == 2 and "broken.json: not written by" in printed, content
+    score = {"value": 0.75, "interval": [0.7, 0.8]}
+    probed = {"majority": 0.5, "chance": 0.5, "speakers": 30, "groups": {"female": 60, "male": 60}}
+    probed |= dict.fromkeys(("linear", "nonlinear", "random_init_linear"), score)
+    leakage = {"model": "m.pt", "n": 120, "columns": {"gender": probed}}
+    (tmp_path / "leakage.json").write_text(json.dumps(leakage))
+    arguments = ("--predictions", file, "--by", "gender", "--leakage", tmp_path / "leakage.json")
+    code, printed, report = audit(*arguments)
+    assert code == 0 and report["leakage"] == leakage
+    gap = report["by"]["gender"]["gap"]["value"]
+    pages = [(tmp_path / "out" / name).read_text() for name in ("report.md", "report.html")]
+    assert all("75.00" in text and f"{100 * gap:.2f}" in text for text in [printed, *pages])
+    assert all("proxy" in text for text in [printed, *pages])
