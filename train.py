@@ -328,6 +328,8 @@ def main() -> int:
         signal = stop.agreed(world.device)
         if ended or n % args.save_every == 0 or n == last or signal:
             save(n)
+        if ended:
+            runtime.return_memory()
         if signal:
             bar.close()
             world.say(f"stopped by signal {signal} after step {n}; the same command goes on")
