@@ -339,7 +339,8 @@ def _leakage_lines(report: dict) -> list[str]:
         gap = report["by"].get(column, {}).get("gap", {}).get("value")
         lines.append(
             f"{column}: balanced accuracy on unseen speakers, %: {', '.join(probes)}; chance "
-            f"{percent(found['chance'])}. Gap in word error rates: {percent(gap)} points"
+            f"{percent(found['chance'])}"
+            + ("" if gap is None else f". Gap in word error rates: {percent(gap)} points")
         )
     if lines:
         lines.append("Leakage is no proxy for gaps in word error rates, nor are they for leakage.")
