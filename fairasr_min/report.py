@@ -314,6 +314,11 @@ def _comparison_lines(c: dict, column: str | None) -> list[str]:
     lines = [f"{c['a']} - {c['b']}, points of WER (above 0: {c['b']} errs less)"]
     lines += [f"  {name}: {percent(e['value'])} (95 %: {between(e['interval'])})"
               for name, e in parts.items()]  # fmt: skip
+    if column is None and c["mapsswe"]["p"] is not None:
+        statistic, p = c["mapsswe"]["statistic"], c["mapsswe"]["p"]
+        lines.append(
+            f"  MAPSSWE, which takes utterances to be independent: {statistic:.2f}, p = {p:.2g}"
+        )
     if column is not None and c["by"][column]["gap_change"]["value"] is not None:
         change = c["by"][column]["gap_change"]
         low, high = change["interval"] or (None, None)
@@ -472,6 +477,11 @@ def _notes(report: dict) -> list[str]:
     if about.get("synthetic"):
         notes.append("Synthetic voices: these numbers say nothing about people.")
     notes.append("WER = (S + D + I) / words of the reference, counted over all of a group's words.")
+    if "normalization" in about:
+        notes.append(
+            f"Both texts normalised: {about['normalization']}. Intervals and tests resample each "
+            f"{about['cluster']} as a whole."
+        )
     if any(not g["compared"] and name != MISSING
            for part in report["by"].values() for name, g in part["groups"].items()):  # fmt: skip
         notes.append("* too small, or without words: shown, but left out of gaps and tests")
