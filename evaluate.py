@@ -373,6 +373,9 @@ def main() -> int:
         texts = {args.model: heard}
     if not world.main:
         return 0
+    if decoding:  # at once: nothing that comes after may cost the decoding
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_all(Path(args.out), {"hyps.jsonl": lines})
 
     # ---- the report
     references = [clean(row["text"]) for row in rows]
@@ -407,15 +410,13 @@ def main() -> int:
         "report.md": report.to_markdown(result),
         "report.html": to_html(result),
     }
-    if decoding:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        written = {"hyps.jsonl": lines, **written}
     write_all(out, written)
     if decoding and "training" in file:  # finetune.py has written it
         card = {**file, "config": asdict(file["config"])}
         report.write_model_card(Path(file["path"]).parent, card, result)
     print(report.to_text(result))
-    print("\nwritten: " + ", ".join(str(out / name) for name in written))
+    names = ["hyps.jsonl"] * decoding + list(written)
+    print("\nwritten: " + ", ".join(str(out / name) for name in names))
     columns = [c for c in data.group_columns(rows) if c not in args.by]
     if columns:
         hyps = out / "hyps.jsonl" if decoding else about["manifest"]

@@ -91,7 +91,8 @@ def _blocks(path, offset, seconds):
                 yield rate, block.mean(axis=1)
     except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as error:
         raise AudioError(f"{path}: not readable as audio ({_reason(error)})") from None
-    if left > max(0.1 * rate, 0.02 * promised):  # headers of some mp3 files are not exact
+    # headers of some mp3 files are not exact
+    if left == promised or left > max(0.1 * rate, 0.02 * promised):
         there = (promised - left) / rate
         raise AudioError(f"{path}: cut short, {there:.2f} of {promised / rate:.2f} s are there")
 

@@ -258,6 +258,8 @@ def read_config(text: bytes) -> tuple[ConformerConfig, str, int, list[str]]:
     s.choice("type", None, "bpe")  # which says sentencepiece, of any kind
     s.choice("custom_tokenizer", None, None)
     tokenizer = str(s.left.get("model_path") or "tokenizer.model").removeprefix("nemo:")
+    if PurePosixPath(tokenizer).is_absolute():  # where it lay on the writer's machine
+        tokenizer = PurePosixPath(tokenizer).name
 
     s = section("decoder")
     s.class_name("ConvASRDecoder")
@@ -266,7 +268,7 @@ def read_config(text: bytes) -> tuple[ConformerConfig, str, int, list[str]]:
     n_units = s.number("num_classes", -1, -1)
     s.done("vocabulary", "init_mode")
 
-    if config.get("sample_rate", SAMPLE_RATE) != SAMPLE_RATE:
+    if str(config.get("sample_rate") or SAMPLE_RATE) != str(SAMPLE_RATE):
         refused.append(f"sample_rate {config['sample_rate']!r} (carried: {SAMPLE_RATE})")
     if config.get("ctc_reduction", "mean_batch") != "mean_batch":
         set_aside.append(f"ctc_reduction {str(config['ctc_reduction'])[:80]}")
@@ -278,7 +280,7 @@ def read_config(text: bytes) -> tuple[ConformerConfig, str, int, list[str]]:
 def read_front_end(s: Section) -> tuple[int, dict]:
     """The number of mel bins, and what differs from the defaults of LogMel."""
     s.class_name("AudioToMelSpectrogramPreprocessor")
-    s.choice("sample_rate", SAMPLE_RATE, SAMPLE_RATE)
+    s.number("sample_rate", SAMPLE_RATE, SAMPLE_RATE, SAMPLE_RATE)
 
     def samples(seconds: str, default: float, samples: str) -> int:
         if s.left.get(samples):
@@ -319,7 +321,7 @@ def read_front_end(s: Section) -> tuple[int, dict]:
     }
     if options["normalize"] in ("NA", None):
         options["normalize"] = "none"
-    s.choice("frame_splicing", 1, 1)
+    s.number("frame_splicing", 1, 1, 1)
     s.choice("exact_pad", False, False)
     s.training_only("dither", 0.0)
     s.training_only("nb_augmentation_prob", 0.0)
@@ -344,7 +346,7 @@ def read_encoder(s: Section, n_mels: int, front_end: dict) -> ConformerConfig:
     dropout = s.number("dropout", 0.1, 0, 1, float)
     dropout_pre_encoder = s.number("dropout_pre_encoder", 0.1, 0, 1, float)
     config = ConformerConfig(
-        n_mels=s.choice("feat_in", None, n_mels),
+        n_mels=s.number("feat_in", n_mels, n_mels, n_mels),
         d_model=d_model,
         n_layers=s.number("n_layers", None, 1),
         n_heads=n_heads,
@@ -371,7 +373,7 @@ def read_encoder(s: Section, n_mels: int, front_end: dict) -> ConformerConfig:
     s.choice("conv_context_size", None, None, [kernel // 2, kernel // 2])
     s.choice("causal_downsampling", False, False)
     s.choice("reduction", None, None)
-    s.choice("feat_out", -1, -1, None, d_model)
+    s.choice("feat_out", -1, -1, 0, None, d_model)
     s.training_only("stochastic_depth_drop_prob", 0.0)
     s.done(
         "pos_emb_max_len", "sync_max_audio_length", "subsampling_conv_chunking_factor",

@@ -79,6 +79,8 @@ def make_report(
         systems.append({"name": name, "overall": measures, "by": by})
 
     for column, part in systems[0]["by"].items():
+        if reference in part["groups"] and part["reference"] is None:
+            warnings.append(f"{column}: {reference} is too small to refer to")
         few = [label for label, g in part["groups"].items() if g["few_clusters"]]
         if few:
             warnings.append(f"{column}: fewer than {FEW} speakers in {', '.join(few)}; no interval "
@@ -146,7 +148,7 @@ def _column(table, speakers, labels, keep, reference, covariates, sampling) -> d
         "worst": worst,
         "best": best,
         "gap": plain(rates.gap),
-        "ratio": _ratio(rates.pairs, worst, best),
+        "ratio": _ratio(rates.pairs, worst, best, of),
         "relative_gap": relative,
         "deviation": plain(rates.deviation),
         "no_difference": no_difference,
@@ -156,7 +158,7 @@ def _column(table, speakers, labels, keep, reference, covariates, sampling) -> d
     }
 
 
-def _ratio(pairs, worst, best) -> dict:
+def _ratio(pairs, worst, best, of) -> dict:
     """Worst rate over best; its interval only if that pair is among those estimated."""
     for pair in pairs:
         ratio = plain(pair.ratio)
@@ -165,7 +167,8 @@ def _ratio(pairs, worst, best) -> dict:
         if (pair.other, pair.group) == (worst, best) and ratio["value"]:
             interval = ratio["interval"] and [1 / x for x in reversed(ratio["interval"])]
             return {"value": 1 / ratio["value"], "interval": interval}
-    return {"value": None, "interval": None}
+    value = of[worst] / of[best] if worst is not None and of[best] else None
+    return {"value": value, "interval": None}
 
 
 def _groups(table, labels, clusters, part, keep) -> dict:
@@ -271,6 +274,8 @@ def _summary(part: dict) -> list[str]:
     """Gap, ratio, and what chance alone would do, in sentences."""
     if part["worst"] is None:
         return ["fewer than two groups to compare; no gap"]
+    if part["worst"] == part["best"]:
+        return ["all groups have the same word error rate"]
     ratio = part["ratio"]["value"]
     lines = [
         f"worst {part['worst']}, best {part['best']}: gap {percent(part['gap']['value'])} points "

@@ -594,6 +594,10 @@ def mapsswe(errors_a: np.ndarray, errors_b: np.ndarray) -> Mapsswe:
 # ---- other things held fixed ---------------------------------------------------------------------
 
 
+def _known(value: float | str | None) -> bool:
+    return isinstance(value, str) or value is not None and math.isfinite(value)
+
+
 def adjust(
     errors: np.ndarray,
     words: np.ndarray,
@@ -630,7 +634,7 @@ def adjust(
     used = [
         i
         for i, (n, label, *values) in enumerate(rows)
-        if n > 0 and label in compared and not any(x is None or x != x for x in values)
+        if n > 0 and label in compared and all(map(_known, values))
     ]
     errors, words = np.asarray(errors)[used], np.asarray(words)[used]
     names, cluster = _codes([clusters[i] for i in used])
@@ -660,7 +664,14 @@ def adjust(
         )
     model = GLM(errors, design, family=Poisson(), exposure=words)
     fit = model.fit(cov_type="cluster", cov_kwds={"groups": cluster}, use_t=True)
-    bounds = np.exp(fit.conf_int(1 - LEVEL)).tolist()
+    with np.errstate(over="ignore"):
+        bounds = np.exp(fit.conf_int(1 - LEVEL))
+    if not (np.isfinite(bounds).all() and np.isfinite(fit.pvalues).all()):
+        raise StatisticsError(
+            f"no finite ratios for {', '.join(shown[1:])}: too little to go by, or a covariate on "
+            "a scale so small that one unit more means nothing"
+        )
+    bounds = bounds.tolist()
     columns = zip(np.exp(fit.params).tolist(), (Interval(*b) for b in bounds), fit.pvalues.tolist())
     ratios = [(*term, RateRatio(*column)) for term, column in zip(zip(terms, shown), columns)][1:]
     groups = {category: ratio for (name, category), _, ratio in ratios if name is None}

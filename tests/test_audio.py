@@ -16,6 +16,7 @@ from fairasr_min.audio import (
     SpecAugment,
     audio_seconds,
     length_mask,
+    loudest_sample,
     read_audio,
 )
 
@@ -434,3 +435,13 @@ def test_a_fraction_follows_the_length_and_a_number_does_not():
     frames = SpecAugment(1, 40, 0, 15)(features, lengths, draws)
     assert (fraction == 0).all(2).sum(1).tolist() == [40, 10]
     assert (frames == 0).all(2).sum(1).tolist() == [20, 20]
+
+
+def test_an_end_that_is_missing_is_no_audio(tmp_path):
+    """Of so short a segment, nothing at all is within the tolerance for inexact headers."""
+    path = tmp_path / "cut.mp3"
+    soundfile.write(path, sine(440, 16000, 4), 16000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for read in (read_audio, loudest_sample):
+        with pytest.raises(AudioError, match="cut short|not readable"):
+            read(path, 3.5, 0.09)

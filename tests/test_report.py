@@ -347,3 +347,29 @@ def test_synthetic_speech_is_called_so(to):
     assert "SYNTHETIC" not in to(report())
     for fact in (ABOUT["manifest"], ABOUT["model"]):
         assert fact in to(report())
+
+
+def test_the_ratio_does_not_depend_on_the_reference():
+    rows = [(*row[:2], ["x", "y", "z"][int(row[4][1:]) % 3], *row[3:]) for row in random_rows(300)]
+    ratios = [report(rows, reference=r)["by"]["gender"]["ratio"]["value"] for r in ("x", "y", "z")]
+    assert ratios == pytest.approx([report(rows)["by"]["gender"]["ratio"]["value"]] * 3)
+
+
+def test_a_reference_that_is_too_small_is_said():
+    r = report(random_rows(300), reference="male", min_speakers=99)
+    assert "gender: male is too small to refer to" in r["warnings"]
+
+
+def test_groups_that_do_not_differ():
+    r = report([("one two", "one two", g, "x", f"s{i}") for i, g in enumerate("abab")])
+    assert r["by"]["gender"]["gap"]["value"] == 0
+    assert "all groups have the same word error rate" in to_text(r)
+
+
+@pytest.mark.parametrize("length", [-1e-7, float("inf")])
+def test_covariates_that_make_no_sense_cost_no_report(length):
+    pytest.importorskip("statsmodels")
+    rows = random_rows(400)
+    values = [length * len(row[0]) for row in rows]
+    part = report(rows, covariates={"length": values})["by"]["gender"]
+    assert "refused" in part["adjusted"]
