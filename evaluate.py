@@ -13,6 +13,7 @@ errors from that file's rows; another system's output in that form is audited by
 import argparse
 import csv
 import json
+import math
 import shlex
 import sys
 import time
@@ -28,6 +29,7 @@ from fairasr_min.stats import StatisticsError
 from fairasr_min.text import normalize, normalizer
 
 MODEL = "runs/finetune/model.pt"
+REPORTS = ["report.json", "report.csv", "report.md", "report.html"]
 MANY_GROUPS = 200  # compared each with each, they make 20,000 pairs
 
 
@@ -95,8 +97,20 @@ def make_folder(args) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise runtime.UserError(f"--out {out}: {error.strerror}; name a folder") from None
-    if args.manifest and Path(args.manifest).resolve() == (out / "hyps.jsonl").resolve():
-        raise runtime.UserError(f"{args.manifest} would be overwritten; give another --out")
+    decoding = not (args.predictions or args.compare)
+    given = [
+        args.manifest,
+        args.leakage,
+        args.model,
+        *(args.predictions or []),
+        *(args.compare or []),
+    ]
+    given = {Path(path).resolve() for path in given if path}
+    for name in ["hyps.jsonl"] * decoding + REPORTS:
+        if (out / name).resolve() in given:
+            raise runtime.UserError(f"{out / name} would be overwritten; give another --out")
+        if (out / name).is_dir():
+            raise runtime.UserError(f"{out / name} is a folder; give another --out")
 
 
 def load_model_file(args, world) -> dict:
@@ -140,13 +154,22 @@ def read_rows(path: str, needed: tuple[str, ...]) -> list[dict]:
     rows = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.endswith((".csv", ".tsv")):
+            if (suffix := Path(path).suffix.lower()) in (".csv", ".tsv"):
                 csv.field_size_limit(2**31 - 1)
-                table = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
+                table = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+                columns = table.fieldnames or []
+                if twice := [c for c in columns if columns.count(c) > 1]:
+                    raise data.ManifestError(f"{path}:1: column {twice[0]!r} is there twice")
                 numbered = ((table.line_num, row) for row in table)
             else:
                 numbered = ((n, line) for n, line in enumerate(file, 1) if line.strip())
             for number, row in numbered:
+                cells = list(row.values()) if isinstance(row, dict) else []  # of a table
+                if None in cells or cells and None in row or any("\n" in c for c in cells if c):
+                    raise data.ManifestError(
+                        f"{path}:{number}: more or fewer cells than columns, or a line break; "
+                        "a text with a comma needs quotes, and quotes need an end"
+                    )
                 rows.append(read_row(row, needed, f"{path}:{number}"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise data.ManifestError(f"{path}: cannot be read ({error}); UTF-8 is expected") from None
@@ -158,7 +181,10 @@ def read_rows(path: str, needed: tuple[str, ...]) -> list[dict]:
 def read_row(row: str | dict, needed: tuple[str, ...], where: str) -> dict:
     """One row, with the texts that it needs. Raises ManifestError."""
     try:
-        row = json.loads(row) if isinstance(row, str) else row
+        if isinstance(row, str):
+            escapes, row = "\\u" in row, json.loads(row)
+            if escapes:  # half of a surrogate pair could not be written again
+                json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise data.ManifestError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict):
@@ -166,7 +192,10 @@ def read_row(row: str | dict, needed: tuple[str, ...], where: str) -> dict:
     for name in needed:
         if name not in row:
             there = ", ".join(str(key) for key in row)
-            raise data.ManifestError(f"{where}: missing {name!r}; columns there are: {there[:300]}")
+            raise data.ManifestError(
+                f"{where}: missing {name!r}; columns there are: {there[:300]} (.csv: separated by "
+                "commas, .tsv: by tabs)"
+            )
         if not isinstance(row[name], str):
             raise data.ManifestError(f"{where}: {name} must be a text, not {row[name]!r:.80}")
     return row
@@ -176,8 +205,10 @@ def key_of(row: dict, column: str | None) -> str | None:
     """What names an utterance in all files: --id, else its audio (and the part of it)."""
     if column is not None:
         return None if row.get(column) in (None, "") else str(row[column])
-    offset = "" if row.get("offset") is None else f" at {row['offset']} s"
-    return None if row.get("audio_filepath") is None else f"{row['audio_filepath']}{offset}"
+    offset = row.get("offset")
+    if isinstance(offset, int | float) or isinstance(offset, str) and offset.strip():
+        offset = f" at {str(offset).removesuffix('.0')} s"  # 0 in one file, 0.0 in another
+    return None if row.get("audio_filepath") is None else f"{row['audio_filepath']}{offset or ''}"
 
 
 def by_key(rows: list[dict], path: str, column: str | None) -> dict[str, dict]:
@@ -264,7 +295,12 @@ def read_bins(args) -> dict[str, list[float]]:
             bins[column] = [float(edge) for edge in edges.split(",")]
         except ValueError:
             bins[column] = []
-        if not bins[column] or sorted(set(bins[column])) != bins[column]:
+        names = {f"{edge:g}" for edge in bins[column] if math.isfinite(edge)}
+        if (
+            not bins[column]
+            or sorted(bins[column]) != bins[column]
+            or len(names) < len(bins[column])
+        ):
             raise runtime.UserError(f"--bins {one}: COLUMN=0,18,30 with rising numbers is expected")
     return bins
 
@@ -274,7 +310,7 @@ def numbers(values: list) -> list:
     values = [None if value in (None, "") else value for value in values]
     try:
         return [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return [None if value is None else str(value) for value in values]
 
 
@@ -330,6 +366,10 @@ def main() -> int:
         return 0
 
     bins = read_bins(args)
+    if args.adjust and not args.by:
+        raise runtime.UserError("--adjust needs --by COL: the difference between which groups?")
+    if len([*(args.predictions or []), *(args.compare or [])]) == 1 and args.compare:
+        raise runtime.UserError("--compare needs two files or more (or --predictions FILE too)")
     leakage = read_leakage(args.leakage) if args.leakage else None
     try:
         clean, cleaned = normalizer(args.normalize)
@@ -349,6 +389,9 @@ def main() -> int:
     binned = [
         {**row, **{c: data.bin_of(row.get(c), edges) for c, edges in bins.items()}} for row in rows
     ] if bins else rows  # fmt: skip
+    for column in bins:
+        if all(row[column] is None for row in binned):
+            raise data.ManifestError(f"{about['manifest']}: --bins: no number in {column!r}")
     groups = {column: [data.label_of(row, column) for row in binned] for column in args.by}
     for column, labels in groups.items():
         if (n := len(set(labels))) > MANY_GROUPS:

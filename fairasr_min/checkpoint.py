@@ -401,6 +401,10 @@ def main() -> int:
     try:
         if args.command == "info":
             print(describe(args.model))
+        elif Path(args.out).suffix != ".nemo":
+            raise CheckpointError(f"{args.out}: the archive's name must end in .nemo")
+        elif Path(args.out).resolve() == Path(args.model).resolve():
+            raise CheckpointError(f"{args.out}: is the model itself; name another file")
         else:
             export(load_model(args.model), args.out)
             print(f"{args.out} written: EncDecCTCModelBPE.restore_from({args.out!r}) reads it")

@@ -37,11 +37,12 @@ from fairasr_min.audio import (
     loudest_sample,
     read_audio,
 )
-from fairasr_min.text import Tokenizer, ctc_min_frames, normalize
+from fairasr_min.text import Tokenizer, ctc_min_frames, normalize, printable
 
 ROOT = Path(__file__).resolve().parent.parent  # of the checkout
 LONGEST = 3600.0  # seconds; a longer "utterance" is a mistake in the manifest
 SHOWN = 20  # bad rows named in one message
+LONG = 500  # characters of one reason
 MANY_VALUES = 50  # a label column with more values is probably not a group
 NOT_GROUPS = {"audio_filepath", "text", "duration", "offset", "synthetic", "pred_text"}
 
@@ -155,12 +156,14 @@ def _read_row(line, number, manifest, audio_root, text, longest, utterances, bad
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         return refuse("no duration (a number, in seconds)")
     if not 0 < seconds <= longest:  # also catches NaN
-        return refuse(f"absurd duration {seconds}; over 0, at most {longest:.0f} s are expected")
+        return refuse(
+            f"absurd duration {seconds!r:.40}; over 0, at most {longest:.0f} s are expected"
+        )
     offset = row.get("offset")
     if offset is not None and (
         isinstance(offset, bool) or not isinstance(offset, int | float) or not 0 <= offset < 1e9
     ):
-        return refuse(f"offset {offset!r} is not a number of seconds")
+        return refuse(f"offset {offset!r:.40} is not a number of seconds")
     if text != "unused":
         if not isinstance(row.get("text"), str):
             return refuse("no text")
@@ -208,7 +211,7 @@ def _audio_problem(utterance: Utterance, may_be_silent: bool) -> str | None:
     except AudioError as error:
         return str(error)
     if loudest == 0 and not may_be_silent:
-        return f"{utterance.path}: digital silence, every sample is 0"
+        return f"{utterance.path}: digital silence, every sample is 0 (mean of its channels)"
     utterance.seconds = there
     return None
 
@@ -244,7 +247,7 @@ def settle(
     """Go on without up to max_bad bad rows, listed and counted by group; else ManifestError."""
     if not bad:
         return utterances
-    listing = [f"  {manifest}:{b.line}: {b.reason}" for b in bad[:SHOWN]]
+    listing = [f"  {manifest}:{b.line}: {printable(b.reason)[:LONG]}" for b in bad[:SHOWN]]
     if len(bad) > SHOWN:
         listing.append(f"  ... and {len(bad) - SHOWN:,} more (python -m fairasr_min.data check)")
     if len(bad) > max_bad:
@@ -298,7 +301,7 @@ def bin_of(value, edges: list[float]) -> str | None:
     is no number. A bin holds its lower edge, and what lies between 17 and 18 too."""
     try:
         value = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     if value != value:
         return None
@@ -670,7 +673,7 @@ def main() -> int:
     if not args.no_text:
         bad += check_targets(utterances, list, lambda n: -(-(n // HOP) // 4))
     for row in bad:
-        print(f"{args.manifest}:{row.line}: {row.reason}")
+        print(f"{args.manifest}:{row.line}: {printable(row.reason)[:LONG]}")
     refused = {row.line for row in bad}
     good = [u for u in utterances if u.line not in refused]
     hours = sum(u.seconds for u in good) / 3600

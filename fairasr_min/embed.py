@@ -96,8 +96,8 @@ def read_embeddings(path: str | Path) -> dict:
         for name, array in {"x": x, "x_random": x if random is None else random}.items():
             if array.ndim != 2 or array.shape[1] < 2 or array.dtype.kind != "f":
                 raise ValueError(f"{name} is no matrix of real numbers, at least two in a row")
-            if len(array) != len(ids) or not np.isfinite(array).all():
-                raise ValueError(f"{name} has other rows than ids, or numbers that are not finite")
+            if len(array) != len(ids) or not (np.abs(array) < 1e30).all():  # also NaN
+                raise ValueError(f"{name} has other rows than ids, or numbers that are absurd")
         if ids.ndim != 1 or ids.dtype.kind != "U" or not 0 < len(ids) == len(set(ids.tolist())):
             raise ValueError("ids are not a different text for each row")
     except OSError as error:
@@ -360,6 +360,8 @@ def write(args) -> None:
     runtime.check_precision(args.precision, world.device)
     if (out := Path(args.out)).is_dir():
         raise UserError(f"--out {out} is a folder; name a file, such as {out / 'embeddings.npz'}")
+    if out.resolve() in (Path(args.manifest).resolve(), Path(args.model).resolve()):
+        raise UserError(f"--out {out} would be overwritten; name another file")
     make_folder(out.parent)
     with runtime.first_process_first(world):  # which may have to download it
         payload = checkpoint.load_model_file(args.model)
@@ -462,7 +464,7 @@ def probe(args) -> None:
         title = f"{voices}{column}, {shown.sum():,} of {len(rows):,} utterances"
         panels = {name: points[shown] for name, points in flat.items()}
         image = picture(title, panels, [labels[column][j] for j in drawn[shown]])
-        name = quote(column, safe="+ ", errors="replace")  # also of ../column
+        name = quote(column, safe="+ ", errors="replace")[:100]  # also of ../column
         write_file(Path(args.out) / f"embeddings-{name}.svg", image.encode())
     write_file(Path(args.out) / "leakage.json", (json.dumps(result, indent=2) + "\n").encode())
     print(f"\n{args.out}: leakage.json, and a picture of each column (embeddings-*.svg)")

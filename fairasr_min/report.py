@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fairasr_min import stats
+from fairasr_min.text import printable
 from fairasr_min.wer import Errors, align, count_errors
 
 SCHEMA = 1
@@ -387,7 +388,8 @@ def to_text(report: dict) -> str:
             lines += ["", *([column] if column else []), *_comparison_lines(c, column)]
     if leakage := _leakage_lines(report):
         lines += ["", "leakage", *leakage]
-    return "\n".join([*lines, *(f"warning: {w}" for w in report["warnings"])])
+    lines += [f"warning: {w}" for w in report["warnings"]]
+    return "\n".join(map(printable, lines))
 
 
 def to_markdown(report: dict) -> str:

@@ -40,6 +40,11 @@ def normalize(text: str) -> str:
     return " ".join(word for word in words if word.strip("'"))
 
 
+def printable(text: str) -> str:
+    """One line that a terminal does not obey: control characters of the data become "?"."""
+    return "".join("?" if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+
+
 def normalizer(name: str) -> tuple[Callable[[str], str], str]:
     """The function of that name, and what to write down of it.
 

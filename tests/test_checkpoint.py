@@ -158,3 +158,17 @@ def test_a_model_file_is_no_state_and_the_other_way_round(tmp_path):
     with pytest.raises(CheckpointError, match="no model file"):
         checkpoint.load_model(tmp_path / "run" / "checkpoint.pt")
     assert json.loads((tmp_path / "run" / "args.json").read_text()) == {"a": 1}
+
+
+def test_an_export_overwrites_no_model(tmp_path, monkeypatch, capsys):
+    model_file(tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+    for out, reason in (("model.pt", "must end in .nemo"), ("same.nemo", "is the model itself")):
+        source = tmp_path / "model.pt"
+        if out == "same.nemo":
+            assert checkpoint.export(checkpoint.load_model(source), tmp_path / out) is None
+            source, before = tmp_path / out, (tmp_path / out).read_bytes()
+        command = ["checkpoint", "export", str(source), str(tmp_path / out)]
+        monkeypatch.setattr("sys.argv", command)
+        assert checkpoint.main() == 2 and reason in capsys.readouterr().err
+        assert source.read_bytes() == before

@@ -171,6 +171,8 @@ def test_what_write_refuses(corpus, tmp_path, monkeypatch, capsys):
         ({"--manifest": corpus / "none.jsonl"}, "cannot be read"),
         ({"--manifest": corpus / "bad.jsonl"}, "--max_bad 1"),
         ({"--out": tmp_path}, "is a folder"),
+        ({"--out": corpus / "m.jsonl"}, "would be overwritten"),
+        ({"--out": corpus / "model.pt"}, "would be overwritten"),
         ({"--out": tmp_path / "file" / "e.npz"}, "name another place"),
         ({"--precision": "fp16"}, "needs a GPU"),
     ]:

@@ -108,7 +108,10 @@ def test_bins(value, name):
     assert data.bin_of(0.5, [0, 0.5, 1]) == "0.5 to 1"
 
 
-@pytest.mark.parametrize("bins", ["age", "age=", "age=5,x", "age=5,5", "age=9,3"])
+BINS = ["age", "age=", "age=5,x", "age=5,5", "age=9,3", "age=nan,3", "age=0,inf", "age=2,2.0000001"]
+
+
+@pytest.mark.parametrize("bins", BINS)
 def test_bins_that_make_no_sense(tmp_path, audit, bins):
     file = write(tmp_path / "p.jsonl", spoken())
     code, printed, _ = audit("--predictions", file, "--bins", bins)
@@ -176,7 +179,18 @@ def test_the_same_file_twice(tmp_path, audit):
 
 BAD_FILES = {
     "no text column": (b"ref,hyp\na,b\n", "csv", r"p.csv:2: missing 'text'; columns .*: ref, hyp"),
-    "a short line": (b"text,pred_text\na\n", "csv", r"p.csv:2: pred_text must be a text, not None"),
+    "a short line": (b"text,pred_text\na\n", "csv", r"p.csv:2: more or fewer cells"),
+    "an unquoted comma": (b"text,pred_text\na,b, c\n", "csv", r"p.csv:2: more or fewer cells"),
+    "an open quote": (b'text,pred_text\na,b\n"a,b\nc,d\n', "csv", r"p.csv:4: more or fewer"),
+    "a stray quote": (b'text,pred_text\na,"b\na,b\na",c\n', "csv", r"p.csv:4: more or fewer"),
+    "a column twice": (
+        b"text,pred_text,pred_text\na,b,c\n",
+        "csv",
+        "1: column 'pred_text' is there",
+    ),
+    "semicolons": (b"text;pred_text\na;b\n", "csv", r"p.csv:2: missing 'text'.*separated by"),
+    "in capitals": (b"text;pred_text\na;b\n", "CSV", r"p.CSV:2: missing 'text'"),
+    "half a pair": (b'{"text": "a", "pred_text": "\\ud83d"}', "jsonl", r"p.jsonl:1: not JSON"),
     "NaN": (b'{"text": "a", "pred_text": NaN}', "jsonl", r"p.jsonl:1: pred_text must be .* nan"),
     "a number": (b'{"text": 5, "pred_text": "a"}', "jsonl", r"p.jsonl:1: text must be a text"),
     "broken JSON": (b'{"text": "a", "pred_text": "a"}\n{"te', "jsonl", r"p.jsonl:2: not JSON"),
@@ -272,6 +286,62 @@ def test_adjusting_takes_numbers_from_a_table_too(tmp_path, audit):
         report = audit("--predictions", file, "--by", "gender", "--adjust", "duration")[2]
         adjusted = report["by"]["gender"]["adjusted"]
         assert list(adjusted["groups"]) == ["male"] and list(adjusted["covariates"]) == ["duration"]
+
+
+def test_a_column_without_numbers_has_no_bins(tmp_path, audit):
+    rows = [{**r, "age": 10**400} for r in spoken()]
+    file = write(tmp_path / "p.jsonl", rows)
+    for column in ("gender", "age"):
+        code, printed, _ = audit("--predictions", file, "--by", column, "--bins", f"{column}=1,2")
+        assert code == 2 and f"no number in '{column}'" in printed
+
+
+def test_arguments_that_say_nothing(tmp_path, audit):
+    file = write(tmp_path / "p.jsonl", spoken())
+    code, printed, _ = audit("--predictions", file, "--adjust", "duration")
+    assert code == 2 and "--adjust needs --by" in printed
+    code, printed, _ = audit("--compare", file)
+    assert code == 2 and "--compare needs two files" in printed
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.csv", "report.html"])
+def test_an_input_is_not_overwritten(tmp_path, audit, name):
+    (tmp_path / "out").mkdir()
+    rows = write(tmp_path / "p.jsonl", spoken()).read_bytes()
+    place = tmp_path / "out" / name
+    if name.endswith("csv"):
+        write(place, spoken())
+    else:
+        place.write_bytes(rows)
+    before = place.read_bytes()
+    code, printed, _ = audit("--predictions", place) if name != "report.html" else audit(
+        "--compare", tmp_path / "p.jsonl", place
+    )  # fmt: skip
+    assert code == 2 and "would be overwritten" in printed and place.read_bytes() == before
+
+
+def test_a_report_is_no_folder(tmp_path, audit):
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    code, printed, _ = audit("--predictions", write(tmp_path / "p.jsonl", spoken()))
+    assert code == 2 and "report.html is a folder" in printed
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_offsets_are_numbers_however_they_are_written(tmp_path, audit):
+    a, b = spoken(40), spoken(40, seed=1)
+    for i, (r, s) in enumerate(zip(a, b)):
+        r |= {"audio_filepath": "long.wav", "offset": i}
+        s |= {"audio_filepath": "long.wav", "offset": float(i)}
+    a, b = write(tmp_path / "a.jsonl", a), write(tmp_path / "b.csv", b)
+    report = audit("--compare", a, b)[2]
+    assert report["comparisons"][0]["utterances"] == 40 and report["warnings"] == []
+
+
+def test_names_do_not_command_the_terminal(tmp_path, audit):
+    rows = [{**r, "gender": r["gender"] + "\x1b[31m\n# h"} for r in spoken()]
+    code, printed, _ = audit("--predictions", write(tmp_path / "p.jsonl", rows), "--by", "gender")
+    assert code == 0 and "\x1b" not in printed and "\n# h" not in printed
+    assert "female?[31m?# h" in printed
 
 
 def test_what_is_no_group(tmp_path, audit):

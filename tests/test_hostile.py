@@ -174,6 +174,9 @@ BAD_ROWS = {  # name: what makes the row, the reason given, by which stages
     ),
     "NaN": (lambda f: bad_samples(f, np.nan), "bad.wav: holds NaN or infinite samples", ALL),
     "Inf": (lambda f: bad_samples(f, -np.inf), "bad.wav: holds NaN or infinite samples", ALL),
+    "absurd samples": (
+        lambda f: bad_samples(f, 1e30), r"bad.wav: holds a sample of 1e\+30", ALL,
+    ),
     "silence": (
         lambda f: file_of(f, silent_wav()), "bad.wav: digital silence, every sample is 0", ALL,
     ),
