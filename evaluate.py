@@ -277,8 +277,11 @@ def read_leakage(path: str) -> dict:
         leakage = json.loads(Path(path).read_text(encoding="utf-8"))
         for found in leakage["columns"].values():
             scores = (found["linear"], found["nonlinear"])
-            [found["chance"] + 0, *(score["value"] + 0 for score in scores)]
-            [score["interval"] for score in scores]
+            shown = [found["chance"], *(score["value"] for score in scores)]
+            if not all(isinstance(n, int | float) for n in shown):
+                raise ValueError
+            if any("interval" not in score for score in scores):
+                raise ValueError
     except OSError as error:
         raise runtime.UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):

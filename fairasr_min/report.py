@@ -232,8 +232,7 @@ def _examples(table, references, texts, labels, ids) -> dict:
 
 def _comparison(a, b, counted, speakers, groups, least, sampling) -> dict:
     """System A against B on the same utterances."""
-    errors, words = (counted[name]["errors"] for name in (a, b)), counted[a]["words"]
-    errors = tuple(errors)
+    errors, words = (counted[a]["errors"], counted[b]["errors"]), counted[a]["words"]
     everyone = stats.compare(*errors, words, speakers, [None] * len(words), **sampling)
     by = {}
     for column, labels in groups.items():
