@@ -617,6 +617,16 @@ def test_a_report_without_room_leaves_the_one_before(folder, attempt, monkeypatc
     assert contents(folder) == before
 
 
+def test_what_fails_after_decoding_costs_no_decoding(folder, attempt, monkeypatch):
+    def fail(*_, **__):
+        raise ManifestError("no report today")
+
+    monkeypatch.setattr(evaluate.report, "make_report", fail)
+    code, printed = attempt("evaluate")
+    assert code == 2 and "no report today" in printed
+    assert len((folder / "out" / "hyps.jsonl").read_text().splitlines()) == 6
+
+
 # ---- predictions of others -----------------------------------------------------------------------
 
 PREDICTIONS = {
