@@ -297,7 +297,7 @@ def _summary(part: dict) -> list[str]:
             f"{pair['group']} against {pair['other']}: {percent(pair['difference']['value'])} "
             f"points (95 %: {between(pair['difference']['interval'])}), p = {pair['p_holm']:.2g}"
         )
-    if found:
+    if found and len(part["pairs"]) > 1:
         more = f"{len(found) - SHOWN} more in report.json; " if len(found) > SHOWN else ""
         lines.append(f"({more}p of pairs after Holm's correction for {len(part['pairs'])} pairs)")
     adjusted = part["adjusted"] or {}
