@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairasr_min.audio import HOP, LogMel, length_mask
-from fairasr_min.conformer import SIZES, Conformer, ConformerConfig, encoder_frames
+from fairasr_min.conformer import SIZES, Conformer, ConformerConfig, Linear, encoder_frames
 from fairasr_min.losses import grad_reverse
 from fairasr_min.text import Tokenizer, ctc_collapse
 
@@ -76,7 +76,7 @@ class ConformerCTC(nn.Module):
         self.blank = len(tokenizer) if tokenizer else vocab_size
         self.log_mel = LogMel(config.n_mels, **config.front_end)
         self.encoder = Conformer(config)
-        self.decoder = nn.Linear(config.d_model, self.blank + 1)
+        self.decoder = Linear(config.d_model, self.blank + 1)
 
     def forward(self, waveforms: torch.Tensor, n_samples: torch.Tensor):
         """(B, S), (B,) -> log_probs (B, T', V+1) float32, lengths (B,)."""

@@ -103,7 +103,7 @@ def _keep_memory() -> None:
     if mallopt:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of malloc.h
         if mallopt(mmap_threshold, 2**30):  # older versions refuse so much
-            mallopt(trim_threshold, 2**31 - 1)
+            mallopt(trim_threshold, -1)
             mallopt(top_pad, 2**28)
 
 

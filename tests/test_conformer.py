@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from fairasr_min import conformer
 from fairasr_min.audio import length_mask
 from fairasr_min.conformer import (
     SIZES,
     Conformer,
     ConformerConfig,
+    Dropout,
+    FeedForward,
+    Linear,
     MaskedBatchNorm,
     RelativeAttention,
+    by_key,
     encoder_frames,
     relative_positions,
-    shift,
 )
 from fairasr_min.model import ConformerCTC, FairASR, masked_mean, samples_to_frames
 
@@ -34,16 +38,19 @@ def test_size_small_is_nemos_conformer_ctc_small():
     assert sum(p.numel() for p in ConformerCTC(SIZES["small"]).parameters()) == 13_154_033
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_shift_takes_the_score_of_the_relative_position(n):
-    scores = torch.randn(2, 3, n, 2 * n - 1)
-    out = shift(scores)
-    for i in range(n):
+@pytest.mark.parametrize("rows, n", [(1, 1), (2, 2), (5, 5), (2, 5), (1, 4)])
+def test_by_key_takes_the_score_of_the_relative_position(rows, n):
+    scores = torch.randn(2, 3, rows, n + rows)
+    out = by_key(scores)
+    assert out.shape == (2, 3, rows, n)
+    for i in range(rows):
         for j in range(n):
-            assert torch.equal(out[..., i, j], scores[..., i, n - 1 - (i - j)])
+            assert torch.equal(out[..., i, j], scores[..., i, rows - i + j])
 
 
-def test_attention_is_the_double_loop():
+@pytest.mark.parametrize("rows", [1, 2, 128])  # queries at a time
+def test_attention_is_the_double_loop(monkeypatch, rows):
+    monkeypatch.setattr(conformer._Attention, "ROWS", rows)
     torch.manual_seed(0)
     b, t, d, heads = 2, 5, 12, 3
     attention = RelativeAttention(d, heads, dropout=0.0)
@@ -51,7 +58,7 @@ def test_attention_is_the_double_loop():
     torch.nn.init.normal_(attention.pos_bias_v)
     x, valid = torch.randn(b, t, d), length_mask(torch.tensor([5, 3]), t)
     with torch.no_grad():
-        out = attention(x, valid[:, None], relative_positions(t, d, x.device))
+        out = attention(x, valid, None, relative_positions(t, d, x.device))
         q, k, v = attention.linear_q(x), attention.linear_k(x), attention.linear_v(x)
         size = d // heads
         for n in range(b):
@@ -69,6 +76,90 @@ def test_attention_is_the_double_loop():
                     parts.append(weights @ v[n, : len(weights), cut])
                 expected = attention.linear_out(torch.cat(parts))
                 assert torch.allclose(out[n, i], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 128])
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_gradient_of_attention_is_that_of_finite_differences(monkeypatch, rows, limited):
+    monkeypatch.setattr(conformer._Attention, "ROWS", rows)
+    torch.manual_seed(0)
+    attention = RelativeAttention(4, 2, dropout=0.0).double()
+    torch.nn.init.normal_(attention.pos_bias_u)
+    torch.nn.init.normal_(attention.pos_bias_v)
+    x = torch.randn(2, 5, 4, dtype=torch.double, requires_grad=True)
+    valid = length_mask(torch.tensor([5, 3]), 5)
+    context = conformer._within((2, 1), 5, x.device) if limited else None
+    positions = relative_positions(5, 4, x.device).double()
+    names, parameters = zip(*attention.named_parameters())
+
+    def call(x, *parameters):
+        arguments = (x, valid, context, positions)
+        y = torch.func.functional_call(attention, dict(zip(names, parameters)), arguments)
+        return y[valid]
+
+    assert torch.autograd.gradcheck(call, (x, *parameters))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_gradient_of_feed_forward_is_that_of_finite_differences(dropout):
+    torch.manual_seed(0)
+    block = FeedForward(3, 5, dropout, bias=True).double()
+    x = torch.randn(2, 4, 3, dtype=torch.double, requires_grad=True)
+    names, parameters = zip(*block.named_parameters())
+
+    def call(x, *parameters):
+        torch.manual_seed(1)  # the same elements dropped each time
+        return torch.func.functional_call(block, dict(zip(names, parameters)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *parameters))
+    half = 0.5 * block.linear2(torch.nn.functional.silu(block.linear1(x)))
+    assert torch.allclose(block.eval()(x), half)
+
+
+def test_the_gradient_of_the_subsampling_convolution_is_pytorchs():
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 9, 6).to(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for y in (layer(x), conformer._DenseConv.apply(x, layer.weight, layer.bias)):
+        gradients = torch.autograd.grad(y.sin().sum(), (x, layer.weight, layer.bias))
+        results.append((y, *gradients))
+    for theirs, ours in zip(*results):
+        assert torch.allclose(theirs, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_is_pytorchs(threads):
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    layer, x = Linear(6, 5), torch.randn(2, 3, 6, requires_grad=True)
+    results = []
+    for y in (torch.nn.functional.linear(x, layer.weight, layer.bias), layer(x)):
+        gradients = torch.autograd.grad(y.sin().sum(), (x, layer.weight, layer.bias))
+        results.append((y, *gradients))
+    torch.set_num_threads(before)
+    for theirs, ours in zip(*results):
+        assert theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-5)
+    y, x = torch.randn(2, 3, 5), torch.randn(2, 3, 6)
+    expected = torch.einsum("bni,bnj->ij", y, x)
+    assert torch.allclose(conformer.transposed_product(y, x), expected, atol=1e-5)
+
+
+def test_dropout_drops_its_share_keeps_the_mean_and_passes_gradient_where_it_kept():
+    torch.manual_seed(0)
+    layer, x = Dropout(0.1), torch.ones(1000, 1001, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    dropped = (y == 0).float().mean().item()
+    assert abs(dropped - 26 / 256) < 1e-3 and abs(y.mean().item() - 1) < 1e-3
+    assert y.unique().numel() == 2
+    neighbours = ((y[:, 1:] == 0) & (y[:, :-1] == 0)).float().mean().item()
+    assert abs(neighbours - (26 / 256) ** 2) < 5e-4  # bytes of one word are independent
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), y)
+    assert layer.eval()(x) is x
 
 
 def sinusoid(position, d):
@@ -164,15 +255,23 @@ def test_in_training_loss_and_gradients_do_not_depend_on_the_amount_of_padding()
 def test_masked_batch_norm_is_batch_norm_of_the_valid_frames():
     torch.manual_seed(0)
     lengths = torch.tensor([7, 3, 5])
-    valid = length_mask(lengths, 7)[:, None, :]
-    x = torch.randn(3, 4, 7).mul(3).add(1)
+    valid = length_mask(lengths, 7)
+    x = torch.randn(3, 7, 4).mul(3).add(1)
     ours, theirs = MaskedBatchNorm(4), torch.nn.BatchNorm1d(4)
     for norm in (ours, theirs):
         norm.weight.data = torch.tensor([1.0, 2.0, 0.5, -1.0])
         norm.bias.data = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    frames = x.transpose(1, 2)[valid[:, 0]]  # (15, 4): only the valid ones
-    out = ours(x.masked_fill(~valid, 99.0), valid).transpose(1, 2)[valid[:, 0]]
-    assert torch.allclose(out, theirs(frames), atol=1e-5)
+    frames = x[valid].requires_grad_()  # (15, 4): only the valid ones
+    padded = x.masked_fill(~valid[:, :, None], 99.0).requires_grad_()
+    out, expected = ours(padded, valid[:, :, None])[valid], theirs(frames)
+    assert torch.allclose(out, expected, atol=1e-5)
+    toward = torch.randn(15, 4)
+    (out * toward).sum().backward()
+    (expected * toward).sum().backward()
+    assert torch.allclose(padded.grad[valid], frames.grad, atol=1e-5)
+    assert padded.grad[~valid].abs().max() == 0
+    assert torch.allclose(ours.weight.grad, theirs.weight.grad, atol=1e-5)
+    assert torch.allclose(ours.bias.grad, theirs.bias.grad, atol=1e-5)
     assert torch.allclose(ours.running_mean, theirs.running_mean, atol=1e-6)
     assert torch.allclose(ours.running_var, theirs.running_var, atol=1e-5)
     assert ours.num_batches_tracked == 1
