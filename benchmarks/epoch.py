@@ -45,26 +45,20 @@ class Enough(Exception):
     """Ends a script from inside its stream of batches."""
 
 
-def masked_ctc(tiny: bool):
-    """CTC as in finetune.py: masked there between features and model."""
-    augment = finetune.AUGMENT_TINY if tiny else finetune.AUGMENT
-
-    def loss_of(model, features, n_frames, batch, precision):
-        return ctc(model, augment(features, n_frames, batch.draws), n_frames, batch, precision)
-
-    return loss_of
-
-
 def bare_step(stage: int, dataset: data.SpeechDataset, args):
-    """(model, step) that do what the script does with each of its batches."""
+    """A new model, and the script's step for it: (features, n_frames, batch) -> None."""
     config = SIZES[args.size]
     if stage == 1:
-        labels = dataset.labels.shape[1]
-        model = FairASR(config, labels, independent_space=True)
+        loss_of, model = stage1, FairASR(config, dataset.labels.shape[1], independent_space=True)
     else:
         model = ConformerCTC(config, dataset.tokenizer)
+        augment = finetune.AUGMENT_TINY if args.size == "tiny" else finetune.AUGMENT
+
+        def loss_of(model, features, n_frames, batch, precision):
+            features = augment(features, n_frames, batch.draws)
+            return ctc(model, features, n_frames, batch, precision)
+
     model.to(args.device)
-    loss_of = stage1 if stage == 1 else masked_ctc(args.size == "tiny")
     return model, updating(model, loss_of, args.precision)
 
 

@@ -21,6 +21,7 @@ import argparse
 import json
 import statistics
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -59,15 +60,14 @@ def points(args, device: str) -> list[dict]:
         ],
     }
     found = []
-    for curve in args.curves:
-        for precision in args.precision:
-            for task in args.tasks if curve != "processes" else ["ctc_update", "stage1_update"]:
-                for x, changed in of_curve[curve]:
-                    spec = {**common, **changed, "task": task, "precision": precision}
-                    views = 2 if task.startswith("stage1") else 1
-                    enough = views == 1 or spec["batch"] * spec["processes"] > 1  # to contrast
-                    if enough and views * spec["batch"] * spec["seconds"] <= args.most_audio:
-                        found.append({"curve": curve, "x": x, **spec})
+    for curve, precision in product(args.curves, args.precision):
+        tasks = args.tasks if curve != "processes" else ["ctc_update", "stage1_update"]
+        for task, (x, changed) in product(tasks, of_curve[curve]):
+            spec = {**common, **changed, "task": task, "precision": precision}
+            views = 2 if task.startswith("stage1") else 1
+            enough = spec["batch"] * spec["processes"] >= views  # one utterance has no negatives
+            if enough and views * spec["batch"] * spec["seconds"] <= args.most_audio:
+                found.append({"curve": curve, "x": x, **spec})
     return found
 
 
@@ -174,8 +174,8 @@ def main() -> int:
             there = content["arguments"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{args.json} is not a file of ours ({error!r})") from None
-        if there != settings:
-            raise UserError(f"{args.json} has other arguments: {there}; name another file")
+        if other := [f"--{k}" for k in settings if there.get(k) != settings[k]]:
+            raise UserError(f"{args.json} was measured with other {', '.join(other)}; name another")
         content["results"] = [one for one in content["results"] if "error" not in one]
     done = {(*place(one), one["round"]) for one in content["results"]}
     plan = [(i, one) for i in range(args.rounds) for one in points(args, device.type)]

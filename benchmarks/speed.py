@@ -266,7 +266,8 @@ def prepare(args, **fixed) -> tuple[dict, dict]:
 
 def main() -> int:
     parser = arguments(__doc__, TASKS)
-    parser.add_argument("--compile", action="store_true", help="torch.compile for the encoder")
+    text = "the encoder by torch.compile, which takes minutes (first_ms)"
+    parser.add_argument("--compile", action="store_true", help=text)
     args = parser.parse_args()
     if args.worker:
         return worker(json.loads(args.worker))
