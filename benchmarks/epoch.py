@@ -1,0 +1,190 @@
+"""What the whole training loop keeps of the speed of its bare step, over an epoch of a real corpus.
+
+    python benchmarks/epoch.py --manifest data/speechocean762/train.jsonl --label gender age_group
+    python benchmarks/epoch.py --manifest data/demo/train.jsonl --stage 2 --json epoch.json
+
+Runs train.py and finetune.py themselves, from scratch, with data.stream wrapped: it passes on the
+script's own batches, and after every --slice of them stops the script's clock and takes the bare
+step on the very same batches.
+
+    whole loop    all that the script does from batch to batch: reading and decoding audio, putting
+                  batches together, features, masks, step, sums for the log, the log itself
+    bare step     masks, forward, both losses or CTC, backward, clipping, AdamW, of a second model
+                  of the same size; audio is decoded and features are computed before the clock runs
+
+The slices take turns on the same batches, so that drift and padding fall on both alike. The first
+slice warms up and counts for neither. Checking the manifest, the dev set and checkpoints lie
+outside of the loop measured; the epoch's last batch is not taken. With --num_workers, a slice
+begins with as many uncounted batches as workers may have read ahead while the bare step ran.
+
+Padding: the share of all feature frames that are padding, in the batches counted.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from speed import about, ctc, stage1, synchronize, updating, write_json
+from tqdm import tqdm
+
+import finetune
+import train
+from fairasr_min import checkpoint, data, runtime
+from fairasr_min.audio import SAMPLE_RATE, AudioError
+from fairasr_min.conformer import SIZES
+from fairasr_min.model import ConformerCTC, FairASR
+from fairasr_min.runtime import at_least
+
+
+class Enough(Exception):
+    """Ends a script from inside its stream of batches."""
+
+
+def bare_step(stage: int, dataset: data.SpeechDataset, args):
+    """A new model, and the script's step for it: (features, n_frames, batch) -> None."""
+    config = SIZES[args.size]
+    if stage == 1:
+        loss_of, model = stage1, FairASR(config, dataset.labels.shape[1], independent_space=True)
+    else:
+        model = ConformerCTC(config, dataset.tokenizer)
+        augment = finetune.AUGMENT_TINY if args.size == "tiny" else finetune.AUGMENT
+
+        def loss_of(model, features, n_frames, batch, precision):
+            features = augment(features, n_frames, batch.draws)
+            return ctc(model, features, n_frames, batch, precision)
+
+    model.to(args.device)
+    return model, updating(model, loss_of, args.precision)
+
+
+def measure(stage: int, args) -> dict:
+    """Run a stage's script with its stream of batches wrapped."""
+    stream, slices = data.stream, []
+    frames, padding = 0, 0
+
+    def wrapped(dataset, batches, *rest, **more):
+        nonlocal frames, padding
+        data.stream = stream  # the first stream is that of training
+        runtime.seed_everything(0)
+        model, bare = bare_step(stage, dataset, args)
+        steps = min(args.steps or len(batches), len(batches) - 1)
+        ahead = 2 * args.num_workers  # a worker reads two batches ahead
+        size = args.slice + ahead
+        if steps < 2 * size:
+            raise runtime.UserError(
+                f"{steps} steps of stage {stage} are too few: two slices have {2 * size}; "
+                "lower --slice or --batch_size"
+            )
+        source, held, reading, began = stream(dataset, batches, *rest, **more), [], 0.0, 0.0
+        for number in tqdm(range(steps // size * size), unit=" steps", disable=quiet):
+            if number % size == ahead:
+                synchronize(args.device)
+                began, reading = time.perf_counter(), 0.0
+            asked = time.perf_counter()
+            batch = next(source)
+            reading += time.perf_counter() - asked
+            if number % size >= ahead:
+                held.append(batch)
+            yield batch
+            if number % size == size - 1:  # asked for more: the slice's last step is done
+                synchronize(args.device)
+                whole = time.perf_counter() - began
+                ready = [batch.to(args.device) for batch in held]
+                ready = [(*model.log_mel(b.waveforms, b.n_samples), b) for b in ready]
+                synchronize(args.device)
+                began = time.perf_counter()
+                for one in ready:
+                    bare(*one)
+                synchronize(args.device)
+                seconds = time.perf_counter() - began
+                if number >= size:
+                    heard = sum(int(b.n_samples.sum()) for b in held) / SAMPLE_RATE
+                    slices.append((whole, reading, seconds, heard))
+                    frames += sum(f.shape[0] * f.shape[1] for f, _, _ in ready)
+                    padding += sum(int((f.shape[1] - n).sum()) for f, n, _ in ready)
+                held = []
+        raise Enough
+
+    quiet = not sys.stderr.isatty()
+    script, flag = (train, "--manifest") if stage == 1 else (finetune, "--train_manifest")
+    command = [
+        script.__file__, flag, args.manifest, "--size", args.size, "--epochs", "1",
+        "--batch_size", args.batch_size, "--precision", args.precision, "--max_bad", args.max_bad,
+        "--device", args.device.type, "--num_workers", args.num_workers, "--save_every", 10**9,
+    ]  # fmt: skip
+    if stage == 1:
+        command += ["--independent_space", "--label", *args.label]
+    with tempfile.TemporaryDirectory() as out:
+        sys.argv = [*map(str, command), "--init", "none", "--out", out]
+        data.stream = wrapped
+        try:
+            with open(Path(out) / "output", "w") as output, redirect_stdout(output):
+                script.main()
+        except Enough:
+            pass
+        finally:
+            data.stream = stream
+    whole, reading, bare, heard = map(sum, zip(*slices))
+    kept = [b / w for w, _, b, _ in slices]
+    return {
+        "stage": stage,
+        "steps": len(slices) * args.slice,
+        "audio_seconds": heard,
+        "whole_audio_per_second": heard / whole,
+        "bare_audio_per_second": heard / bare,
+        "kept": bare / whole,
+        "kept_quartiles": statistics.quantiles(kept, n=4) if len(kept) > 1 else kept * 3,
+        "waiting_for_batches": reading / whole,  # share of the loop's time
+        "padding": padding / frames,
+        "slices": [dict(zip(("whole_s", "reading_s", "bare_s", "audio_s"), s)) for s in slices],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("--manifest", required=True, metavar="FILE", help="of training; dev.jsonl beside it")
+    add("--stage", nargs="+", type=int, choices=[1, 2], default=[1, 2], help="(both)")
+    add("--label", nargs="+", default=["ethnicity"], metavar="COL", help="of stage 1 (ethnicity)")
+    add("--size", choices=list(SIZES), default="small", help="of the encoder (%(default)s)")
+    add("--batch_size", type=at_least(2), default=16, metavar="N", help="(%(default)s)")
+    add("--steps", type=at_least(1), metavar="N", help="at most so many (an epoch)")
+    add("--slice", type=at_least(1), default=5, metavar="N", help="steps in turn (%(default)s)")
+    add("--precision", choices=list(runtime.DTYPES), default="fp32", help="(%(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(%(default)s)")
+    add("--num_workers", type=at_least(0), default=0, metavar="N", help="(%(default)s)")
+    add("--max_bad", type=at_least(0), default=0, metavar="N", help="rows to go without")
+    add("--json", metavar="FILE", help="where all numbers go")
+    # fmt: on
+    args = parser.parse_args()
+    args.device = runtime.setup(args.device).device
+    settings = {k: v for k, v in vars(args).items() if k != "json"} | {"device": args.device.type}
+    settings["threads"] = torch.get_num_threads()
+    content = {"about": about(args.device), "arguments": settings, "results": []}
+    write_json(args.json, content)
+    print(" ".join(f"{k}={v}" for k, v in {**content["about"], **settings}.items()))
+    print("| stage | steps | loop, s of audio / s | bare step | kept | waits for audio | padding |")
+    print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    for stage in args.stage:
+        one = measure(stage, args)
+        content["results"].append(one)
+        write_json(args.json, content)
+        print(
+            f"| {stage} | {one['steps']} | {one['whole_audio_per_second']:.1f} | "
+            f"{one['bare_audio_per_second']:.1f} | {one['kept']:.1%} | "
+            f"{one['waiting_for_batches']:.1%} | {one['padding']:.1%} |",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run(main, (data.ManifestError, AudioError, checkpoint.CheckpointError))
