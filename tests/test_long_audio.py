@@ -84,14 +84,16 @@ def test_features_are_those_of_a_loop_over_frames(monkeypatch):
 # ---- windows -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [2, 4, 8])
-def test_every_frame_comes_once_and_with_its_context(two_seconds, factor):
+@pytest.mark.parametrize(("factor", "hop"), [(2, 160), (4, 160), (8, 160), (4, 200)])
+def test_every_frame_comes_once_and_with_its_context(two_seconds, factor, hop):
     """An encoder that answers with the place of each frame, and how much it saw around it."""
-    config = replace(FULL, subsampling_factor=factor)
+    config = replace(FULL, subsampling_factor=factor, front_end={"hop": hop})
+    longest, context = 32_000 // hop, 12_800 // hop
+    context -= context % factor
 
     def encode(features, n_frames):
         n, places = int(n_frames), features[0, ::factor, 0]
-        assert 0 < n <= 200 and n <= features.shape[1]
+        assert 0 < n <= longest and n <= features.shape[1]
         around = [places, features[0, 0, 0].expand_as(places), features[0, n - 1, 0] + 0 * places]
         return torch.stack(around, dim=1)[None], -(-n_frames // factor)
 
@@ -100,10 +102,10 @@ def test_every_frame_comes_once_and_with_its_context(two_seconds, factor):
         out, lengths = in_windows(encode, features, torch.tensor([n]), config)
         place, first, last = out[0, : lengths[0]].T
         assert torch.equal(place, torch.arange(0.0, n, factor))
-        assert ((place - first >= 80 - 80 % factor) | (first == 0)).all()
-        assert ((last - place >= 79 - 80 % factor) | (last == n - 1)).all()
-        assert n > 200 or ((first == 0) & (last == n - 1)).all()  # in one piece
-        assert n <= 200 or (last - first >= 199 - factor).all()  # no window sees little
+        assert ((place - first >= context) | (first == 0)).all()
+        assert ((last - place >= context - 1) | (last == n - 1)).all()
+        assert n > longest or ((first == 0) & (last == n - 1)).all()  # in one piece
+        assert (last - first >= min(n, longest) - factor).all()  # no window sees little
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling_factor": 8}, {"front_end": {"hop": 200}}])
@@ -243,7 +245,13 @@ def test_embeddings_of_long_clips_are_the_mean_over_all_frames(folder, two_secon
     torch.manual_seed(0)
     encoder = FairASR(LIMITED, 0, False).eval()
     utterances, _ = data.read_manifest(folder / "m.jsonl")
+    seen = []
+    hook = encoder.encoder.register_forward_hook(
+        lambda _, given, out: seen.append(int(given[1][0]))
+    )
     x = embed.embed(encoder, utterances, World(0, 1, torch.device("cpu")), batch_size=8)
+    hook.remove()
+    assert max(seen) == 200 and len(seen) > 4
     for u, vector in zip(utterances, x, strict=True):
         waveform = audio.read_audio(u.path)
         with torch.no_grad():
