@@ -5,7 +5,7 @@
 
 `join` puts utterances in random order, with pauses of 0.2 to 1 s between them, into clips of at
 most that length. `measure` transcribes the first clip of a manifest with different windows, each in
-a process of its own: seconds, peak memory, word errors against what was said and against the
+a process of its own: CPU seconds, memory, word errors against what was said and against the
 text of the recording in one piece (LONGEST inf), and the share of encoder frames whose best class
 is another one than there. In one piece, ten minutes take 14 GB.
 """
@@ -70,10 +70,10 @@ def transcribe(path, waveform, longest, context) -> tuple[list[int], str, float,
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model.LONGEST = min(longest, len(waveform) / SAMPLE_RATE)
     model.CONTEXT = context
-    start = time.perf_counter()
+    start = time.process_time()
     features = recogniser.log_mel(waveform[None], torch.tensor([len(waveform)]))
     best, lengths = model.in_windows(recogniser.best_classes, *features, recogniser.config)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     ids = best[0, : int(lengths)].tolist()
     text = normalize(recogniser.tokenizer.decode(ctc_collapse(ids, recogniser.blank)))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -84,7 +84,7 @@ def measure(args) -> None:
     row = rows_of(args.manifest)[0]
     waveform, said = read_audio(row["path"]), normalize(row["text"])
     print(f"{len(waveform) / SAMPLE_RATE:.0f} s, {len(said.split())} words")
-    print("LONGEST CONTEXT |     s |    GB | WER, said | WER, one piece | other frames")
+    print("LONGEST CONTEXT | CPU s |    GB | WER, said | WER, one piece | other frames")
     whole = None
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for setting in SETTINGS:
