@@ -21,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fairasr_min import checkpoint, data, report, runtime
-from fairasr_min.audio import AudioError, audio_seconds, read_audio
-from fairasr_min.decode import LONGEST, decode
+from fairasr_min.audio import AudioError, read_audio
+from fairasr_min.decode import decode
 from fairasr_min.report_html import to_html
 from fairasr_min.runtime import at_least
 from fairasr_min.stats import StatisticsError
@@ -132,9 +132,7 @@ def read_manifest(args, file: dict, world) -> tuple[list[data.Utterance], dict]:
     elif args.manifest is None:
         with runtime.first_process_first(world):
             args.manifest = str(data.default_corpus(world.say) / "test.jsonl")
-    utterances, bad = data.read_manifest(
-        args.manifest, args.audio_root, "optional", world.main, LONGEST
-    )
+    utterances, bad = data.read_manifest(args.manifest, args.audio_root, "optional", world.main)
     utterances = data.settle(args.manifest, utterances, bad, args.max_bad, world.say)
     return utterances, {
         "manifest": args.manifest,
@@ -362,8 +360,6 @@ def main() -> int:
     if args.audio:
         model = checkpoint.recogniser(load_model_file(args, world)).to(world.device)
         for path in args.audio:
-            if (seconds := audio_seconds(path)) > LONGEST:
-                raise AudioError(f"{path}: {seconds:.0f} s; at most {LONGEST:.0f} s, cut it up")
             text = model.transcribe([read_audio(path)])[0]
             world.say(text if len(args.audio) == 1 else f"{path}: {text}")
         return 0

@@ -21,7 +21,7 @@ import torch
 from fairasr_min import checkpoint, data, losses, report, runtime, wer
 from fairasr_min.audio import AudioError, SpecAugment
 from fairasr_min.conformer import SIZES
-from fairasr_min.decode import LONGEST, decode
+from fairasr_min.decode import decode
 from fairasr_min.model import ConformerCTC, samples_to_frames
 from fairasr_min.runtime import at_least
 from fairasr_min.text import Tokenizer, normalize, train_tokenizer
@@ -186,9 +186,7 @@ def main() -> int:
     batches = data.Batches(
         [u.seconds for u in utterances], args.batch_size, args.seed, world.size, args.batch_seconds
     )
-    dev, bad = data.read_manifest(
-        args.dev_manifest, args.audio_root, "required", world.main, LONGEST
-    )
+    dev, bad = data.read_manifest(args.dev_manifest, args.audio_root, "required", world.main)
     dev = data.settle(args.dev_manifest, dev, bad, args.max_bad, world.say)
     if args.by:
         data.require_columns(args.dev_manifest, [u.row for u in dev], [args.by])

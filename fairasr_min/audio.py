@@ -21,6 +21,7 @@ N_FFT = 512
 N_MELS = 80
 PRE_EMPHASIS = 0.97
 BLOCK = 2**20  # samples of each channel decoded at once
+FRAMES = 2**15  # whose spectra stand in memory at once: five minutes
 ABSURD = 1e6  # of samples, which lie within 1; squared, larger ones overflow in the end
 LARGEST_RATIO = 1500  # of sample rates: resampling by 44,101 / 16,000 needs a filter of gigabytes
 LOG_GUARD = 2.0**-24  # added before the logarithm: digital silence has no logarithm
@@ -164,15 +165,12 @@ class LogMel(nn.Module):
             x = waveforms.float()
             x = torch.cat([x[:, :1], x[:, 1:] - self.pre_emphasis * x[:, :-1]], dim=1)
             x = x.masked_fill(~length_mask(n_samples, x.shape[1]), 0.0)  # also NaN
-            spectrum = torch.stft(  # (B, 257, T), centred on multiples of the hop
-                x, self.n_fft, self.hop, len(self.window), self.window,
-                pad_mode="constant", return_complex=True,
-            )  # fmt: skip
-            power = spectrum.real.square() + spectrum.imag.square()
-            x = (self.mel @ power.pow(self.mag_power / 2)).transpose(1, 2)  # (B, T, F)
-            if self.log:
-                clamp = self.log_guard_type == "clamp"
-                x = torch.log(x.clamp(min=self.log_guard) if clamp else x + self.log_guard)
+            # frames are centred on multiples of the hop; those of an hour come block by block
+            x = F.pad(x, (self.n_fft // 2, self.n_fft // 2))
+            starts = range(0, x.shape[1] - self.n_fft + 1, FRAMES * self.hop)
+            size = (FRAMES - 1) * self.hop + self.n_fft
+            blocks = [self._log_mel(x[:, start : start + size]) for start in starts]
+            x = torch.cat(blocks, dim=2).transpose(1, 2)  # (B, T, F)
 
             n_frames = n_samples // self.hop
             valid = length_mask(n_frames, x.shape[1])[:, :, None]
@@ -182,6 +180,19 @@ class LogMel(nn.Module):
             if self.pad_to:
                 x = F.pad(x, (0, 0, 0, -x.shape[1] % self.pad_to), value=self.pad_value)
             return x, n_frames
+
+    def _log_mel(self, x):
+        """(B, S) -> (B, F, T): a frame of n_fft samples at each multiple of the hop."""
+        spectrum = torch.stft(  # (B, 257, T)
+            x, self.n_fft, self.hop, len(self.window), self.window,
+            center=False, return_complex=True,
+        )  # fmt: skip
+        power = spectrum.real.square() + spectrum.imag.square()
+        x = self.mel @ power.pow(self.mag_power / 2)
+        if not self.log:
+            return x
+        clamp = self.log_guard_type == "clamp"
+        return torch.log(x.clamp(min=self.log_guard) if clamp else x + self.log_guard)
 
 
 def standardized(x: torch.Tensor, valid: torch.Tensor, over: int | tuple[int, int]):

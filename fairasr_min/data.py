@@ -75,13 +75,12 @@ def read_manifest(
     audio_root: str | Path | None = None,
     text: str = "required",
     show_progress: bool = True,
-    longest: float = LONGEST,
 ) -> tuple[list[Utterance], list[BadRow]]:
     """Every usable utterance of a manifest, and every bad row with its reason.
 
     text: "required" (some words), "optional" (the key must be there; no words are silence), or
-    "unused". longest: seconds of one utterance. All audio is decoded once, in parallel: what
-    cannot be decoded is known before the first step, not after a night.
+    "unused". All audio is decoded once, in parallel: what cannot be decoded is known before the
+    first step, not after a night.
     Raises ManifestError if the file cannot be read or holds no row.
     """
     manifest = Path(manifest)
@@ -90,7 +89,7 @@ def read_manifest(
         with open(manifest, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    _read_row(line, number, manifest, audio_root, text, longest, utterances, bad)
+                    _read_row(line, number, manifest, audio_root, text, utterances, bad)
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{manifest}: cannot be read ({error}); UTF-8 is expected") from None
     if not utterances and not bad:
@@ -134,7 +133,7 @@ def _interned(pairs: list[tuple]) -> dict:
     }
 
 
-def _read_row(line, number, manifest, audio_root, text, longest, utterances, bad):
+def _read_row(line, number, manifest, audio_root, text, utterances, bad):
     """Parse one line; append to utterances or to bad."""
     try:
         row = json.loads(line, object_pairs_hook=_interned)
@@ -155,9 +154,9 @@ def _read_row(line, number, manifest, audio_root, text, longest, utterances, bad
         return refuse("no audio_filepath")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         return refuse("no duration (a number, in seconds)")
-    if not 0 < seconds <= longest:  # also catches NaN
+    if not 0 < seconds <= LONGEST:  # also catches NaN
         return refuse(
-            f"absurd duration {seconds!r:.40}; over 0, at most {longest:.0f} s are expected"
+            f"absurd duration {seconds!r:.40}; over 0, at most {LONGEST:.0f} s are expected"
         )
     offset = row.get("offset")
     if offset is not None and (

@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from fairasr_min.audio import AudioError
 from fairasr_min.data import SpeechDataset, Utterance, collate, leave_signals
+from fairasr_min.model import LONGEST
 from fairasr_min.runtime import World, autocast
-
-LONGEST = 300.0  # seconds in one piece: attention's memory grows with their square, to 4 GB here
 
 
 def decode(
@@ -56,8 +55,8 @@ def encode_corpus(
     utterance, in their order, on every process. name: of the progress bar.
 
     The corpus is dealt out to the processes without repeating or padding, since each utterance
-    is encoded the same whatever its batch; long ones come in smaller batches. Raises AudioError for
-    a file that cannot be decoded.
+    is encoded the same whatever its batch; long ones come in smaller batches, or alone. Raises
+    AudioError for a file that cannot be decoded.
     """
     batches, longest = [], LONGEST
     for i in np.argsort([-u.seconds for u in utterances], kind="stable"):  # like with like

@@ -39,8 +39,8 @@ from threadpoolctl import threadpool_limits
 
 from fairasr_min import checkpoint, data, runtime, stats
 from fairasr_min.audio import AudioError
-from fairasr_min.decode import LONGEST, encode_corpus
-from fairasr_min.model import FairASR, masked_mean
+from fairasr_min.decode import encode_corpus
+from fairasr_min.model import FairASR, in_windows, masked_mean
 from fairasr_min.runtime import UserError, World, at_least, autocast
 
 FOLDS = 5
@@ -74,7 +74,7 @@ def embed(
     def encode(waveforms, n_samples):
         features = model.log_mel(waveforms.to(world.device), n_samples.to(world.device))
         with autocast(precision, world.device):
-            h, lengths = model.encoder(*features)
+            h, lengths = in_windows(model.encoder, *features, model.encoder.config)
         return masked_mean(h, lengths).cpu().numpy()
 
     return np.stack(encode_corpus(encode, utterances, world, batch_size, num_workers, "embedding"))
@@ -365,9 +365,7 @@ def write(args) -> None:
     make_folder(out.parent)
     with runtime.first_process_first(world):  # which may have to download it
         payload = checkpoint.load_model_file(args.model)
-    utterances, bad = data.read_manifest(
-        args.manifest, args.audio_root, "unused", world.main, LONGEST
-    )
+    utterances, bad = data.read_manifest(args.manifest, args.audio_root, "unused", world.main)
     utterances = data.settle(args.manifest, utterances, bad, args.max_bad, world.say)
     if data.is_synthetic(utterances):
         world.say("SYNTHETIC voices: the embeddings say nothing about people")

@@ -4,14 +4,19 @@ Shapes: B batch, S samples, T feature frames, T' encoder frames, D model, P proj
 V vocabulary without the blank.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairasr_min.audio import HOP, LogMel, length_mask
+from fairasr_min.audio import HOP, SAMPLE_RATE, LogMel, length_mask
 from fairasr_min.conformer import SIZES, Conformer, ConformerConfig, Linear, encoder_frames
 from fairasr_min.losses import grad_reverse
 from fairasr_min.text import Tokenizer, ctc_collapse
+
+LONGEST = 300.0  # seconds in one piece: attention's time grows with their square
+CONTEXT = 20.0  # seconds heard on both sides of what is kept of a piece
 
 
 def masked_mean(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -97,16 +102,46 @@ class ConformerCTC(nn.Module):
             raise ValueError("transcribe() needs eval mode: call model.eval() first")
         if not waveforms:
             return []
+        if len(waveforms) > 1 and max(map(len, waveforms)) > LONGEST * SAMPLE_RATE:
+            return [self.transcribe([w])[0] for w in waveforms]  # none is padded to an hour
         device = self.decoder.weight.device
         waveforms = [torch.as_tensor(w, dtype=torch.float32) for w in waveforms]
         n_samples = torch.tensor([len(w) for w in waveforms], device=device)
         padded = nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(device)
-        log_probs, lengths = self(padded, n_samples)
-        best = log_probs.argmax(-1).tolist()
+        best, lengths = in_windows(self.best_classes, *self.log_mel(padded, n_samples), self.config)
         return [
             self.tokenizer.decode(ctc_collapse(ids[:n], self.blank))
-            for ids, n in zip(best, lengths.tolist())
+            for ids, n in zip(best.tolist(), lengths.tolist())
         ]
+
+    def best_classes(self, features: torch.Tensor, n_frames: torch.Tensor):
+        """(B, T, F), (B,) -> the best class of each frame (B, T'), lengths (B,)."""
+        log_probs, lengths = self.log_probs(features, n_frames)
+        return log_probs.argmax(-1), lengths
+
+
+def in_windows(encode, features: torch.Tensor, n_frames: torch.Tensor, config: ConformerConfig):
+    """encode((B, T, F), (B,)) -> (B, T', ...), lengths (B,), for clips of any length.
+
+    Up to LONGEST seconds: encode's own answer. A longer clip, which must be alone (B = 1), goes
+    through in overlapping windows of LONGEST; each encoder frame is taken from one window only,
+    in which it has CONTEXT seconds, or the clip's end, on either side.
+    """
+    factor = config.subsampling_factor  # windows start on multiples, where encoder frames coincide
+    rate = SAMPLE_RATE / config.front_end.get("hop", HOP) / factor  # encoder frames a second
+    size, context = math.ceil(LONGEST * rate), math.floor(CONTEXT * rate)
+    if n_frames.max() <= size * factor:
+        return encode(features, n_frames)
+    total = encoder_frames(n_frames.item(), factor)
+    # all windows are full: the last one reaches back further, instead of seeing little
+    starts = [*range(0, total - size, size - 2 * context), total - size]
+    seams = [0, *(start + context for start in starts[1:]), total]
+    cores = []
+    for start, first, end in zip(starts, seams, seams[1:]):
+        window = features[:, start * factor : (start + size) * factor]
+        x, _ = encode(window, (n_frames - start * factor).clamp(max=window.shape[1]))
+        cores.append(x[:, first - start : end - start])
+    return torch.cat(cores, dim=1), encoder_frames(n_frames, factor)
 
 
 def samples_to_frames(n_samples: int, config: ConformerConfig = SIZES["small"]) -> int:

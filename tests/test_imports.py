@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "report": {"text", "wer", "stats"},
     "report_html": set(),
     "embed": {"audio", "data", "decode", "model", "checkpoint", "runtime", "stats"},
-    "decode": {"audio", "data", "runtime"},
+    "decode": {"audio", "data", "model", "runtime"},
 }
 HERE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 STAGES_HERE = sorted(name for name in STAGES if (ROOT / f"{name}.py").exists())
