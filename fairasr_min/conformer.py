@@ -76,9 +76,7 @@ def _valid(lengths: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, on a CPU as a convolution of kernel 1: oneDNN computes that, with the whole vector
-    width of the machine. PyTorch's own way is MKL, which takes half of it where Intel did not
-    build the CPU: 2.2 times slower in float32."""
+    """nn.Linear by linear()."""
 
     def forward(self, x):
         """(..., D) -> (..., D2)."""
@@ -86,21 +84,28 @@ class Linear(nn.Linear):
 
 
 def linear(x, weight, bias=None):
-    """F.linear: (..., D), (D2, D), (D2,) -> (..., D2)."""
-    if x.device.type != "cpu":
+    """F.linear: (..., D), (D2, D), (D2,) -> (..., D2); in float32 on a CPU as a convolution of
+    kernel 1. That is computed by oneDNN, with the whole vector width of the machine; PyTorch's own
+    way is MKL, which takes half of it where Intel did not build the CPU, and twice the time."""
+    if not _by_convolution(x):
         return F.linear(x, weight, bias)
-    flat = _image(x)
     # a kernel of 1 has nothing to dilate: it only keeps PyTorch from its own loops on one thread
-    y = F.conv2d(flat, weight[:, :, None, None], bias, dilation=2)
+    y = F.conv2d(_image(x), weight[:, :, None, None], bias, dilation=2)
     return y.permute(0, 2, 3, 1).view(*x.shape[:-1], len(weight))
 
 
 def transposed_product(y, x):
     """The weight gradient of linear(): (..., D2), (..., D) -> y^T x (D2, D)."""
-    if x.device.type != "cpu":
+    if not _by_convolution(x):
         return y.flatten(0, -2).t() @ x.flatten(0, -2)
     shape = (y.shape[-1], x.shape[-1], 1, 1)
     return nn.grad.conv2d_weight(_image(x), shape, _image(y), dilation=2)[:, :, 0, 0]
+
+
+def _by_convolution(x) -> bool:
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # oneDNN, in bfloat16
+        return False
+    return x.dtype == torch.float32
 
 
 def _image(x):
@@ -175,7 +180,10 @@ class Subsampling(nn.Module):
         for layer in self.conv:
             if isinstance(layer, nn.Conv2d):
                 dense = layer.in_channels > 1 and layer.groups == 1 and layer.stride == (2, 2)
-                x = _DenseConv.apply(x, layer.weight, layer.bias) if dense else layer(x)
+                if dense and _by_convolution(x):
+                    x = _DenseConv.apply(x, layer.weight, layer.bias)
+                else:
+                    x = layer(x)
                 lengths = _halved(lengths) if layer.stride == (2, 2) else lengths
             else:
                 # The biases have written into the padding, and the next kernel would read it. In
@@ -190,14 +198,13 @@ class Subsampling(nn.Module):
 
 
 class _DenseConv(torch.autograd.Function):
-    """Convolution of kernel 3, stride 2 and padding 1, channels last. Its weight gradient is the
-    product of the output's with the patches of the input, one utterance at a time: oneDNN's own
-    takes up to five times as long."""
+    """Convolution of kernel 3, stride 2 and padding 1, channels last, float32, CPU. Its weight
+    gradient is the product of the output's with the patches of the input, one utterance at a time:
+    oneDNN's own takes up to five times as long."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         """(B, C, T, F), (C2, C, 3, 3), (C2,) -> (B, C2, T/2, F/2)."""
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         ctx.save_for_backward(x, weight)
         return F.conv2d(x, weight, bias, stride=2, padding=1)
 
@@ -208,14 +215,14 @@ class _DenseConv(torch.autograd.Function):
         options = ([2, 2], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, ...
         only_x = [True, False, False]
         d_x = torch.ops.aten.convolution_backward(d_y, x, weight, None, *options, only_x)[0]
-        d_weight = torch.zeros(len(weight), 9 * x.shape[1], device=x.device)  # float32
+        d_weight = 0
         for one, d_one in zip(x, d_y):
             patches = F.pad(one.permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T + 2, F + 2, C)
             patches = patches.unfold(0, 3, 2).unfold(1, 3, 2)  # (T', F', C, 3, 3)
             patches = patches.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)  # (T' F', 9 C)
             d_weight += transposed_product(d_one.permute(1, 2, 0).flatten(0, 1), patches)
         d_weight = d_weight.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-        return d_x, d_weight, d_y.sum((0, 2, 3), dtype=torch.float32)
+        return d_x, d_weight, d_y.sum((0, 2, 3))
 
 
 def relative_positions(size: int, d_model: int, device) -> torch.Tensor:
