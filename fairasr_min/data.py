@@ -462,14 +462,14 @@ class Batches:
     """The batches of every epoch, a pure function of (seed, epoch).
 
     Utterances of similar length go together: sorted by a duration that is jittered anew each
-    epoch (by up to 10 %), cut into batches, the batches shuffled. No utterance is left out or
+    epoch (by up to 5 %), cut into batches, the batches shuffled. No utterance is left out or
     repeated. By count, batch sizes differ by one at most, so that there is no small last batch;
     by seconds, a batch holds about that much audio, padding included. Sizes count all processes
     together: a batch has at least one utterance for each. The longest batch opens epoch 0, so that
     memory runs out at once or not at all.
     """
 
-    JITTER = 0.1
+    JITTER = 0.05
 
     def __init__(
         self, seconds, batch_size: int, seed: int, world: int = 1, batch_seconds=None, smallest=1
