@@ -52,5 +52,5 @@ class FairASRPeer:
 
 
 def make():
-    runtime._keep_memory()
+    runtime.keep_memory()
     return FairASRPeer()

@@ -7,7 +7,7 @@
 most that length. `measure` transcribes the first clip of a manifest with different windows, each in
 a process of its own: CPU seconds, memory, word errors against what was said and against the
 text of the recording in one piece (LONGEST inf), and the share of encoder frames whose best class
-is another one than there. In one piece, ten minutes take 14 GB.
+is another one than there.
 """
 
 import argparse

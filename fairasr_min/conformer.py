@@ -126,14 +126,14 @@ class Dropout(nn.Dropout):
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        bytes, ctx.p = random_bytes(x.shape, x.device), p
-        ctx.save_for_backward(bytes)
-        return keep(bytes, p, x.dtype).mul_(x).mul_(kept_scale(p))
+        draws, ctx.p = random_bytes(x.shape, x.device), p
+        ctx.save_for_backward(draws)
+        return keep(draws, p, x.dtype).mul_(x).mul_(kept_scale(p))
 
     @staticmethod
     def backward(ctx, grad):
-        (bytes,) = ctx.saved_tensors
-        return keep(bytes, ctx.p, grad.dtype).mul_(grad).mul_(kept_scale(ctx.p)), None
+        (draws,) = ctx.saved_tensors
+        return keep(draws, ctx.p, grad.dtype).mul_(grad).mul_(kept_scale(ctx.p)), None
 
 
 def random_bytes(shape, device) -> torch.Tensor:
@@ -145,14 +145,14 @@ def random_bytes(shape, device) -> torch.Tensor:
     return words.view(torch.uint8)[:size].view(shape)
 
 
-def keep(bytes, p: float, dtype) -> torch.Tensor:
-    """0 for the fraction p of the lowest bytes, else 1. No bools: loops over them are slow."""
-    return bytes.to(dtype).ge_(round(256 * p))
+def keep(draws, p: float, dtype) -> torch.Tensor:
+    """0 for the fraction p of the lowest draws, else 1. No bools: loops over them are slow."""
+    return draws.to(dtype).ge_(round(256 * p))
 
 
 def kept_scale(p: float) -> float:
     """Makes up for what dropout takes away."""
-    return 256 / (256 - round(256 * p))
+    return 256 / max(1, 256 - round(256 * p))
 
 
 class Subsampling(nn.Module):
@@ -310,11 +310,11 @@ class _Attention(torch.autograd.Function):
                 scores += context[rows]
             wide = torch.promote_types(scores.dtype, torch.float32)
             weights = torch.softmax(scores, -1, dtype=wide).to(v.dtype)
-            bytes = random_bytes(weights.shape, v.device) if dropout else None
-            kept = keep(bytes, dropout, v.dtype).mul_(weights) if dropout else weights
+            draws = random_bytes(weights.shape, v.device) if dropout else None
+            kept = keep(draws, dropout, v.dtype).mul_(weights) if dropout else weights
             out[:, :, rows] = (kept @ values).view(h, b, -1, d)
             if ctx.needs_input_grad[0]:
-                blocks += [weights, bytes]
+                blocks += [weights, draws]
         out *= kept_scale(dropout)
         ctx.save_for_backward(q, k, v, p, bias_u, bias_v, padding, out, *blocks)
         ctx.dropout = dropout
@@ -330,13 +330,13 @@ class _Attention(torch.autograd.Function):
         d_out = d_out.contiguous() * kept_scale(ctx.dropout)
         d_qu, d_qv, d_k = torch.empty_like(q_u), torch.empty_like(q_v), torch.zeros_like(keys)
         d_v, d_p = torch.zeros(h * b, n, d, dtype=v.dtype, device=v.device), torch.zeros_like(p)
-        for start, weights, bytes in zip(range(0, n, _Attention.ROWS), blocks[::2], blocks[1::2]):
+        for start, weights, draws in zip(range(0, n, _Attention.ROWS), blocks[::2], blocks[1::2]):
             rows = slice(start, min(start + _Attention.ROWS, n))
             near = slice(n - rows.stop, 2 * n - start)
             d_rows = d_out[:, :, rows].flatten(0, 1)
             d_scores, kept = d_rows @ values, weights
-            if bytes is not None:
-                kept = keep(bytes, ctx.dropout, v.dtype)
+            if draws is not None:
+                kept = keep(draws, ctx.dropout, v.dtype)
                 d_scores *= kept
                 kept *= weights
             d_v += kept.transpose(-2, -1) @ d_rows
@@ -494,20 +494,20 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, p):
         h = linear(x, w1, b1)
-        bytes = random_bytes(h.shape, h.device) if p else None
+        draws = random_bytes(h.shape, h.device) if p else None
         y = F.silu(h)
         if p:
-            y *= keep(bytes, p, h.dtype)
-        ctx.save_for_backward(x, w1, w2, h, bytes)
+            y *= keep(draws, p, h.dtype)
+        ctx.save_for_backward(x, w1, w2, h, draws)
         ctx.p, ctx.bias = p, b1 is not None
         return linear(y, w2, b2)
 
     @staticmethod
     def backward(ctx, d_out):
-        x, w1, w2, h, bytes = ctx.saved_tensors
+        x, w1, w2, h, draws = ctx.saved_tensors
         y, d_h = F.silu(h), linear(d_out, w2.t())
         if ctx.p:
-            kept = keep(bytes, ctx.p, h.dtype)
+            kept = keep(draws, ctx.p, h.dtype)
             y *= kept
             d_h *= kept
         d_w2 = transposed_product(d_out, y)

@@ -79,7 +79,7 @@ def setup(device: str = "auto") -> World:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        _keep_memory()
+        keep_memory()
     else:
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions too
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -96,7 +96,7 @@ def setup(device: str = "auto") -> World:
     return World(dist.get_rank(), dist.get_world_size(), where)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Keep freed memory for the next step: glibc returns large blocks to the system, and the next
     step faults them in again, page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
