@@ -117,12 +117,20 @@ STAGES = {
 
 # A ReLU turns rounding into another gradient wherever its input is within rounding of 0, and Adam
 # gives that a full step: on half of the seeds, weights of stage 1 then part by 1e-3, on any one
-# machine or another (RESULTS.md). With a smooth function in its place, all else being the program
-# itself, what is left is the law.
+# machine or another (RESULTS.md). With its square in its place, which has no such corner, all else
+# being the program itself, what is left is the law.
 SMOOTH = """
 import runpy, sys, torch
+
+class SquaredReLU(torch.nn.Module):
+    def __init__(self, inplace=False):
+        super().__init__()
+
+    def forward(self, x):
+        return x.relu().square()
+
+torch.nn.ReLU = SquaredReLU
 sys.path.insert(0, sys.argv[1])
-torch.nn.ReLU = torch.nn.SiLU
 sys.argv = [sys.argv[1] + "/" + sys.argv[2], *sys.argv[3:]]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
