@@ -83,15 +83,27 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def linear(x, weight, bias=None):
-    """F.linear: (..., D), (D2, D), (D2,) -> (..., D2); in float32 on a CPU as a convolution of
-    kernel 1. That is computed by oneDNN, with the whole vector width of the machine; PyTorch's own
-    way is MKL, which takes half of it where Intel did not build the CPU, and twice the time."""
-    if not _by_convolution(x):
-        return F.linear(x, weight, bias)
-    # a kernel of 1 has nothing to dilate: it only keeps PyTorch from its own loops on one thread
-    y = F.conv2d(_image(x), weight[:, :, None, None], bias, dilation=2)
-    return y.permute(0, 2, 3, 1).view(*x.shape[:-1], len(weight))
+def linear(x, weight, bias=None, swish: bool = False):
+    """F.linear: (..., D), (D2, D), (D2,) -> (..., D2), and Swish of it. On a CPU by oneDNN, which
+    adds the bias (and without a gradient Swish) on the way, and in float32 uses the whole vector
+    width of the machine. PyTorch's own way there is MKL, which takes half of it where Intel did
+    not build the CPU, and twice the time."""
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype != torch.float64:
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        if x.dtype == torch.float32:
+            weight = weight.t().contiguous().t()  # the layout that it is fastest with
+        then = "swish" if swish else "none"
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+    if _by_convolution(x):
+        # which oneDNN computes, too, and PyTorch has a gradient for; a kernel of 1 has nothing to
+        # dilate: it only keeps PyTorch from its own loops on one thread
+        y = F.conv2d(_image(x), weight[:, :, None, None], bias, dilation=2)
+        y = y.permute(0, 2, 3, 1).view(*x.shape[:-1], len(weight))
+    else:
+        y = F.linear(x, weight, bias)
+    return F.silu(y) if swish else y
 
 
 def transposed_product(y, x):
@@ -117,23 +129,29 @@ class Dropout(nn.Dropout):
     """nn.Dropout, on a CPU from one random byte an element: drawn eight at a time, a tenth of the
     cost of PyTorch's. p is rounded to 1/256, and the scale follows."""
 
-    def forward(self, x):
-        if not self.training or self.p == 0:
+    def forward(self, x, residual=None, share: float = 1.0):
+        """residual (0 without one) + share * dropout(x)."""
+        if residual is None and not (self.training and self.p):
             return x
-        return _Drop.apply(x, self.p) if x.device.type == "cpu" else super().forward(x)
+        residual = x.new_zeros(()) if residual is None else residual
+        if not (self.training and self.p):
+            return torch.add(residual, x, alpha=share)
+        if x.device.type != "cpu":
+            return torch.add(residual, super().forward(x), alpha=share)
+        return _AddDropped.apply(residual, x, self.p, share * kept_scale(self.p))
 
 
-class _Drop(torch.autograd.Function):
+class _AddDropped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, p):
-        draws, ctx.p = random_bytes(x.shape, x.device), p
+    def forward(ctx, residual, x, p, scale):
+        draws, ctx.p, ctx.scale = random_bytes(x.shape, x.device), p, scale
         ctx.save_for_backward(draws)
-        return keep(draws, p, x.dtype).mul_(x).mul_(kept_scale(p))
+        return torch.add(residual, keep(x, draws, p), alpha=scale)
 
     @staticmethod
     def backward(ctx, grad):
         (draws,) = ctx.saved_tensors
-        return keep(draws, ctx.p, grad.dtype).mul_(grad).mul_(kept_scale(ctx.p)), None
+        return grad, keep(grad, draws, ctx.p).mul_(ctx.scale), None, None
 
 
 def random_bytes(shape, device) -> torch.Tensor:
@@ -145,9 +163,13 @@ def random_bytes(shape, device) -> torch.Tensor:
     return words.view(torch.uint8)[:size].view(shape)
 
 
-def keep(draws, p: float, dtype) -> torch.Tensor:
-    """0 for the fraction p of the lowest draws, else 1. No bools: loops over them are slow."""
-    return draws.to(dtype).ge_(round(256 * p))
+def keep(x, draws, p: float) -> torch.Tensor:
+    """x with 0 where the draws are the fraction p of the lowest. By its bits: loops over integers
+    are three times as fast as those over bfloat16, and over bools slower than either."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    dropped = torch.empty(x.shape, dtype=bits, device=x.device)
+    torch.lt(draws, round(256 * p), out=dropped)
+    return dropped.sub_(1).bitwise_and_(x.view(bits)).view(x.dtype)  # 1 and 0 to none and all
 
 
 def kept_scale(p: float) -> float:
@@ -180,17 +202,20 @@ class Subsampling(nn.Module):
         for layer in self.conv:
             if isinstance(layer, nn.Conv2d):
                 dense = layer.in_channels > 1 and layer.groups == 1 and layer.stride == (2, 2)
-                if dense and _by_convolution(x):
-                    x = _DenseConv.apply(x, layer.weight, layer.bias)
+                if dense and x.device.type == "cpu":
+                    x = _DenseConv.apply(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
                 else:
                     x = layer(x)
                 lengths = _halved(lengths) if layer.stride == (2, 2) else lengths
             else:
                 # The biases have written into the padding, and the next kernel would read it. In
-                # place, like the ReLU: these are by far the largest tensors of all. And without a
+                # place, like the ReLU: these are by far the largest tensors of all; and only behind
+                # the shortest utterance, if to know it is not to wait for a GPU. Without a
                 # gradient: where the ReLU is given 0, it passes none on.
+                shortest = int(lengths.min()) if x.device.type == "cpu" else 0
+                mask = _valid(lengths, x.shape[2])[:, None, shortest:, None].to(x.dtype)
                 with torch.no_grad():
-                    x.mul_(_valid(lengths, x.shape[2])[:, None, :, None].to(x.dtype))
+                    x[:, :, shortest:].mul_(mask)
                 x = layer(x)
         # (B, C, T', F') lies in memory as (B, T', F', C): reorder the small weight, not x
         weight = self.out.weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
@@ -198,7 +223,7 @@ class Subsampling(nn.Module):
 
 
 class _DenseConv(torch.autograd.Function):
-    """Convolution of kernel 3, stride 2 and padding 1, channels last, float32, CPU. Its weight
+    """Convolution of kernel 3, stride 2 and padding 1, channels last, on a CPU. Its weight
     gradient is the product of the output's with the patches of the input, one utterance at a time:
     oneDNN's own takes up to five times as long."""
 
@@ -220,9 +245,10 @@ class _DenseConv(torch.autograd.Function):
             patches = F.pad(one.permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T + 2, F + 2, C)
             patches = patches.unfold(0, 3, 2).unfold(1, 3, 2)  # (T', F', C, 3, 3)
             patches = patches.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)  # (T' F', 9 C)
-            d_weight += transposed_product(d_one.permute(1, 2, 0).flatten(0, 1), patches)
+            product = transposed_product(d_one.permute(1, 2, 0).flatten(0, 1), patches)
+            d_weight = d_weight + product.float()
         d_weight = d_weight.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-        return d_x, d_weight, d_y.sum((0, 2, 3))
+        return d_x, d_weight.to(weight.dtype), d_y.sum((0, 2, 3))
 
 
 def relative_positions(size: int, d_model: int, device) -> torch.Tensor:
@@ -256,25 +282,38 @@ class RelativeAttention(nn.Module):
     def forward(self, x, valid, context, positions):
         """(B, N, D), (B, N) bool, None or (N, N) bool: the keys that a query may see, (2N, D)
         -> (B, N, D)."""
-        three = (self.linear_q, self.linear_k, self.linear_v)  # in one product
-        bias = None if three[0].bias is None else torch.cat([one.bias for one in three])
-        qkv = linear(x, torch.cat([one.weight for one in three]), bias)
-        qkv = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 3, 0, 1, 4)
-        q, k, v = qkv.contiguous().unbind()  # (H, B, N, D/H)
-        p = self.linear_pos(positions).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
+        h, d, dropout = self.n_heads, self.pos_bias_u.shape[1], self.dropout if self.training else 0
+        u, v = (bias[:, :, None] * d**-0.5 for bias in (self.pos_bias_u, self.pos_bias_v))
+
+        def extended(q, k, v, in_q: float):
+            """(H, d, .) each -> (3 H (d + 4), .): one product for q, k and v, and each head with
+            four dimensions more. q is 1 there, and k has in the first what it scores whatever the
+            query: u . k. _Attention puts the mask of padding into the second. So neither takes a
+            pass over (N, N), nor u and v one over q. The last two are 0: rows stay aligned."""
+            zeros = q.new_zeros(h, 4, q.shape[2])
+            k = torch.cat([k, (u * k).sum(1, keepdim=True), zeros[:, 1:]], 1)
+            v = torch.cat([v * kept_scale(dropout), zeros], 1)
+            return torch.cat([torch.cat([q * d**-0.5, zeros + in_q], 1), k, v]).flatten(0, 1)
+
+        three = (self.linear_q, self.linear_k, self.linear_v)
+        weight = extended(*(one.weight.view(h, d, -1) for one in three), 0)
+        no_bias = weight.new_zeros(h * d)
+        biases = (no_bias if one.bias is None else one.bias for one in three)
+        bias = extended(*(one.view(h, d, 1) for one in biases), 1).flatten()
+        qkv = linear(x, weight, bias).view(*x.shape[:2], 3, h, d + 4).permute(2, 3, 0, 1, 4)
+        w_p = self.linear_pos.weight.view(h, d, -1)  # likewise, with v . p
+        w_p = torch.cat([w_p, (v * w_p).sum(1, keepdim=True), w_p.new_zeros(h, 3, w_p.shape[2])], 1)
+        p = linear(positions, w_p.flatten(0, 1)).view(-1, h, d + 4).transpose(0, 1)
         # Finite masks: a row without any key stays a number, and exp(-1e4) is 0 all the same.
-        padding = ((valid.to(q.dtype) - 1) * 1e4)[None, :, :, None]  # (1, B, N, 1)
+        padding = (valid.to(qkv.dtype) - 1) * 1e4
         if context is not None:
-            context = (context.to(q.dtype) - 1) * 1e4
-        u, v_bias = self.pos_bias_u.to(q.dtype), self.pos_bias_v.to(q.dtype)
-        dropout = self.dropout if self.training else 0.0
-        y = _Attention.apply(q, k, v, p, u, v_bias, padding, context, dropout)
-        return self.linear_out(y.permute(1, 2, 0, 3).flatten(2))
+            context = (context.to(qkv.dtype) - 1) * 1e4
+        return self.linear_out(_Attention.apply(qkv, p, padding, context, dropout))
 
 
 class _Attention(torch.autograd.Function):
-    """softmax((q + u) k^T + shifted((q + v) p^T)), dropout, times values. The gradient is by hand:
-    of all the (N, N) matrices only the weights are kept, and a byte each for dropout.
+    """softmax(q k^T + shifted(q p^T)), dropout, times values. The gradient is by hand: of all the
+    (N, N) matrices only the weights are kept, and a byte each for dropout.
 
     ROWS queries at a time: the positions that these need are N + ROWS of the 2N, and what is
     not kept stays small, however long the audio.
@@ -283,74 +322,61 @@ class _Attention(torch.autograd.Function):
     ROWS = 128
 
     @staticmethod
-    def operands(q, k, bias_u, bias_v, padding):
-        """(H, B, N, d + 4) of q and k, (H, B, N, d) of q: with biases, scale and mask. Padding is
-        masked by more dimensions of the product (four: rows stay aligned), not by a pass over
-        (N, N)."""
-        scale = q.shape[-1] ** -0.5
-        q_u, q_v = ((q + bias[:, None, None]) * scale for bias in (bias_u, bias_v))
-        ones = q.new_ones(1).expand(*q.shape[:3], 4)
-        mask = (padding / 4).expand_as(ones)
-        return torch.cat([q_u, ones], -1), q_v, torch.cat([k, mask], -1)
-
-    @staticmethod
-    def forward(ctx, q, k, v, p, bias_u, bias_v, padding, context, dropout):
-        """(H, B, N, d) three times, (H, 2N, d), (H, d) twice, (1, B, N, 1) and (N, N) to add or
-        None -> (H, B, N, d)."""
-        (h, b, n, d), blocks, out = v.shape, [], torch.empty_like(v)
-        q_u, q_v, k_masked = _Attention.operands(q, k, bias_u, bias_v, padding)
-        keys, values = k_masked.flatten(0, 1).transpose(-2, -1), v.flatten(0, 1)
+    def forward(ctx, qkv, p, padding, context, dropout):
+        """(3, H, B, N, d + 4), (H, 2N, d + 4), (B, N) and (N, N) to add or None -> (B, N, H d)."""
+        _, h, b, n, wide = qkv.shape
+        d, blocks = wide - 4, []
+        qkv = qkv.contiguous()
+        qkv[1, ..., d + 1] += padding
+        q, keys, values = qkv.flatten(1, 2)  # (H B, N, d + 4)
+        out = qkv.new_empty(b, n, h, d)
         for start in range(0, n, _Attention.ROWS):
             rows = slice(start, min(start + _Attention.ROWS, n))
             near = slice(n - rows.stop, 2 * n - start)  # the positions of these rows, and one
-            scores = q_v[:, :, rows].flatten(1, 2) @ p[:, near].transpose(-2, -1)
+            scores = qkv[0, :, :, rows].flatten(1, 2) @ p[:, near].transpose(-2, -1)
             scores = by_key(scores.unflatten(1, (b, -1))).flatten(0, 1)
-            scores = torch.baddbmm(scores, q_u[:, :, rows].flatten(0, 1), keys)  # (H B, R, N)
+            scores = torch.baddbmm(scores, q[:, rows], keys.transpose(-2, -1))  # (H B, R, N)
             if context is not None:
                 scores += context[rows]
-            wide = torch.promote_types(scores.dtype, torch.float32)
-            weights = torch.softmax(scores, -1, dtype=wide).to(v.dtype)
-            draws = random_bytes(weights.shape, v.device) if dropout else None
-            kept = keep(draws, dropout, v.dtype).mul_(weights) if dropout else weights
-            out[:, :, rows] = (kept @ values).view(h, b, -1, d)
+            wide_type = torch.promote_types(scores.dtype, torch.float32)
+            weights = torch.softmax(scores, -1, dtype=wide_type).to(qkv.dtype)
+            draws = random_bytes(weights.shape, weights.device) if dropout else None
+            kept = keep(weights, draws, dropout) if dropout else weights
+            y = (kept @ values).view(h, b, -1, wide)[..., :d]
+            out[:, rows] = y.permute(1, 2, 0, 3)
             if ctx.needs_input_grad[0]:
                 blocks += [weights, draws]
-        out *= kept_scale(dropout)
-        ctx.save_for_backward(q, k, v, p, bias_u, bias_v, padding, out, *blocks)
         ctx.dropout = dropout
-        return out
+        ctx.save_for_backward(qkv, p, *blocks)
+        return out.flatten(2)
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v, p, bias_u, bias_v, padding, out, *blocks = ctx.saved_tensors
-        h, b, n, d = v.shape
-        q_u, q_v, k_masked = _Attention.operands(q, k, bias_u, bias_v, padding)
-        keys, values = k_masked.flatten(0, 1), v.flatten(0, 1).transpose(-2, -1)
-        inner = (d_out * out).sum(-1, keepdim=True)  # what softmax's gradient subtracts
-        d_out = d_out.contiguous() * kept_scale(ctx.dropout)
-        d_qu, d_qv, d_k = torch.empty_like(q_u), torch.empty_like(q_v), torch.zeros_like(keys)
-        d_v, d_p = torch.zeros(h * b, n, d, dtype=v.dtype, device=v.device), torch.zeros_like(p)
+        qkv, p, *blocks = ctx.saved_tensors
+        _, h, b, n, wide = qkv.shape
+        q, keys, values = qkv.flatten(1, 2)
+        d_y = d_out.view(b, n, h, wide - 4).permute(2, 0, 1, 3)
+        d_y = F.pad(d_y, (0, 4)).flatten(0, 1)  # (H B, N, d + 4)
+        d_qkv, d_p = torch.empty_like(qkv), torch.zeros_like(p)
+        d_q, d_k, d_v = d_qkv.flatten(1, 2)
         for start, weights, draws in zip(range(0, n, _Attention.ROWS), blocks[::2], blocks[1::2]):
             rows = slice(start, min(start + _Attention.ROWS, n))
             near = slice(n - rows.stop, 2 * n - start)
-            d_rows = d_out[:, :, rows].flatten(0, 1)
-            d_scores, kept = d_rows @ values, weights
+            d_scores, kept = d_y[:, rows] @ values.transpose(-2, -1), weights
             if draws is not None:
-                kept = keep(draws, ctx.dropout, v.dtype)
-                d_scores *= kept
-                kept *= weights
-            d_v += kept.transpose(-2, -1) @ d_rows
-            d_scores = d_scores.sub_(inner[:, :, rows].flatten(0, 1)).mul_(weights)
-            d_qu[:, :, rows] = (d_scores @ keys).view(h, b, -1, d + 4)
-            d_k += d_scores.transpose(-2, -1) @ q_u[:, :, rows].flatten(0, 1)
+                d_scores = keep(d_scores, draws, ctx.dropout)
+                kept = keep(weights, draws, ctx.dropout)
+            d_scores = torch._softmax_backward_data(d_scores, weights, -1, weights.dtype)
             shifted = d_scores.new_zeros(h, b, d_scores.shape[1], near.stop - near.start)
             by_key(shifted).copy_(d_scores.view(h, b, -1, n))
-            shifted = shifted.flatten(1, 2)
-            d_qv[:, :, rows] = (shifted @ p[:, near]).view(h, b, -1, d)
-            d_p[:, near] += shifted.transpose(-2, -1) @ q_v[:, :, rows].flatten(1, 2)
-        d_qu, d_qv = d_qu[..., :d] * d**-0.5, d_qv * d**-0.5
-        d_k, d_v = d_k[..., :d].view_as(k), d_v.view_as(v)
-        return d_qu + d_qv, d_k, d_v, d_p, d_qu.sum((1, 2)), d_qv.sum((1, 2)), None, None, None
+            shifted = shifted.flatten(1, 2)  # (H, B R, N + R)
+            d_rows = (d_scores @ keys).view(h, -1, wide)
+            d_q[:, rows] = torch.baddbmm(d_rows, shifted, p[:, near]).view(h * b, -1, wide)
+            d_p[:, near] += shifted.transpose(-2, -1) @ qkv[0, :, :, rows].flatten(1, 2)
+            again = int(start > 0)  # the first block overwrites what was not initialised
+            torch.baddbmm(d_v, kept.transpose(-2, -1), d_y[:, rows], beta=again, out=d_v)
+            torch.baddbmm(d_k, d_scores.transpose(-2, -1), q[:, rows], beta=again, out=d_k)
+        return d_qkv, d_p, None, None, None
 
 
 def by_key(scores: torch.Tensor) -> torch.Tensor:
@@ -375,7 +401,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         """(B, T', D), (B, T', 1) bool -> (B, T', D). Evaluation uses the running statistics."""
         if not self.training:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
-            return (x * scale + (self.bias - self.running_mean * scale)).to(x.dtype)
+            return torch.addcmul(self.bias - self.running_mean * scale, x, scale).to(x.dtype)
         y, mean, variance, count = _BatchNorm.apply(x, valid, self.weight, self.bias, self.eps)
         with torch.no_grad():
             unbiased = variance * count / (count - 1).clamp(min=1)
@@ -449,19 +475,56 @@ class Convolution(nn.Module):
     def forward(self, x, valid):
         """(B, T', D), (B, T') bool -> (B, T', D)."""
         first, depthwise, last = self.pointwise_conv1, self.depthwise_conv, self.pointwise_conv2
-        valid = valid[:, :, None]
-        x = F.glu(linear(x, first.weight[:, :, 0], first.bias), dim=-1)
-        # In float32, which the BatchNorm wants anyhow: with bfloat16 and 16 channels, oneDNN would
-        # build its kernel for ever.
+        valid = valid[:, :, None].float()
+        x = linear(x, first.weight[:, :, 0], first.bias)
+        y = _GatedConvolution.apply(x, valid, depthwise.weight, depthwise.bias)
+        y = F.silu(self.batch_norm(y, valid).to(x.dtype))
+        return linear(y, last.weight[:, :, 0], last.bias)
+
+
+class _GatedConvolution(torch.autograd.Function):
+    """GLU, padding to 0, depthwise convolution over time; keeps what goes into the GLU.
+
+    In float32, which the BatchNorm wants anyhow: with bfloat16 and 16 channels, oneDNN would build
+    its kernel for ever. As images of height 1, for which it has the fastest kernel; but of width 1
+    for the gradient of the weight, which takes a quarter of the time that way.
+    """
+
+    @staticmethod
+    def gated(x):
+        a, b = x.chunk(2, dim=-1)
+        gate = b.contiguous().sigmoid_()  # which is slow on rows with a gap between them
+        return gate, gate * a
+
+    @staticmethod
+    def over_time(x, weight, bias=None):
         with torch.autocast(x.device.type, enabled=False):
-            x = (x.float() * valid).transpose(1, 2)[:, :, None]  # (B, D, 1, T'), padding 0
-            pad = (0, depthwise.padding[0])
-            x = F.conv2d(x, depthwise.weight[:, :, None], padding=pad, groups=x.shape[1])
-            x = x[:, :, 0].transpose(1, 2)
-            if depthwise.bias is not None:
-                x = x + depthwise.bias  # apart: the convolution takes long over its gradient
-        x = F.silu(self.batch_norm(x, valid))
-        return linear(x, last.weight[:, :, 0], last.bias)
+            x, pad = x.transpose(1, 2)[:, :, None], (0, weight.shape[-1] // 2)
+            y = F.conv2d(x, weight[:, :, None], bias, padding=pad, groups=len(weight))
+        return y[:, :, 0].transpose(1, 2)
+
+    @staticmethod
+    def forward(ctx, x, valid, weight, bias):
+        """(B, T', 2D), (B, T', 1) of 0 and 1, (D, 1, K), (D,) or None -> (B, T', D)."""
+        ctx.save_for_backward(x, valid, weight)
+        ctx.bias = bias is not None
+        y = _GatedConvolution.gated(x)[1].float().mul_(valid)
+        return _GatedConvolution.over_time(y, weight, bias)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, valid, weight = ctx.saved_tensors
+        gate, y = _GatedConvolution.gated(x)
+        # (B, D, T', 1)
+        image, d_image = (t.transpose(1, 2)[..., None] for t in (y.float().mul_(valid), d_y))
+        shape, pad = (*weight.shape, 1), (weight.shape[-1] // 2, 0)
+        with torch.autocast(x.device.type, enabled=False):
+            d_weight = nn.grad.conv2d_weight(image, shape, d_image, 1, pad, groups=len(weight))
+        d = _GatedConvolution.over_time(d_y, weight.flip(-1)).mul_(valid).to(x.dtype)
+        d_a = d * gate
+        d_b = d.sub_(d_a).mul_(y)  # gate' = gate (1 - gate), and y = gate a
+        d_x = torch.cat([d_a, d_b], dim=-1)
+        return d_x, None, d_weight[..., 0], d_y.sum((0, 1)) if ctx.bias else None
 
 
 class FeedForward(nn.Module):
@@ -472,45 +535,40 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x):
-        """(B, T', D) -> (B, T', D), halved: as a layer adds it, and cheapest on the weights."""
+        """(B, T', D) -> (B, T', D)."""
         p = self.dropout.p if self.training else 0.0
-        w1, b1, w2, b2 = (
-            self.linear1.weight,
-            self.linear1.bias,
-            self.linear2.weight,
-            self.linear2.bias,
-        )
-        w2, b2 = (0.5 * kept_scale(p)) * w2, None if b2 is None else 0.5 * b2
+        tensors = x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
         if torch.is_autocast_enabled(x.device.type):  # for both directions at once
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, w1, b1, w2, b2 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2))
-        return _FeedForward.apply(x, w1, b1, w2, b2, p)
+            tensors = (None if t is None else t.to(dtype) for t in tensors)
+        return _FeedForward.apply(*tensors, p)
 
 
 class _FeedForward(torch.autograd.Function):
     """linear2(dropout(silu(linear1(x)))), which keeps of its three wide tensors one: the others are
-    cheaper to compute again than to keep. The scale of dropout is in w2."""
+    cheaper to compute again than to keep. What dropout drops is sent to where Swish and its
+    gradient are 0, before them: then nothing else has to be dropped again. Its scale is in w2."""
+
+    FAR = 1e4
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, p):
-        h = linear(x, w1, b1)
-        draws = random_bytes(h.shape, h.device) if p else None
-        y = F.silu(h)
+        if not any(ctx.needs_input_grad):
+            return linear(linear(x, w1, b1, swish=True), w2, b2)
+        ctx.bias, ctx.scale, h = b1 is not None, kept_scale(p), linear(x, w1, b1)
         if p:
-            y *= keep(draws, p, h.dtype)
-        ctx.save_for_backward(x, w1, w2, h, draws)
-        ctx.p, ctx.bias = p, b1 is not None
-        return linear(y, w2, b2)
+            draws = random_bytes(h.shape, h.device)
+            dropped = torch.lt(draws, round(256 * p), out=torch.empty_like(h))  # 1 or 0
+            h.sub_(dropped, alpha=_FeedForward.FAR)
+            w2 = w2 * ctx.scale
+        ctx.save_for_backward(x, w1, w2, h)
+        return linear(F.silu(h), w2, b2)
 
     @staticmethod
     def backward(ctx, d_out):
-        x, w1, w2, h, draws = ctx.saved_tensors
+        x, w1, w2, h = ctx.saved_tensors
         y, d_h = F.silu(h), linear(d_out, w2.t())
-        if ctx.p:
-            kept = keep(draws, ctx.p, h.dtype)
-            y *= kept
-            d_h *= kept
-        d_w2 = transposed_product(d_out, y)
+        d_w2 = transposed_product(d_out, y) * ctx.scale
         d_h = torch.ops.aten.silu_backward(d_h, h)
         d_b1, d_b2 = (d.sum((0, 1)) if ctx.bias else None for d in (d_h, d_out))
         return linear(d_h, w1.t()), transposed_product(d_h, x), d_b1, d_w2, d_b2, None
@@ -536,10 +594,11 @@ class ConformerLayer(nn.Module):
 
     def forward(self, x, valid, context, positions):
         """(B, T', D), (B, T') bool, (T', T') bool or None, (2T', D) -> (B, T', D)."""
-        x = x + self.dropout(self.feed_forward1(self.norm_feed_forward1(x)))
-        x = x + self.dropout(self.self_attn(self.norm_self_att(x), valid, context, positions))
-        x = x + self.dropout(self.conv(self.norm_conv(x), valid))
-        x = x + self.dropout(self.feed_forward2(self.norm_feed_forward2(x)))
+        add = self.dropout  # (what a block gives, and the x to add it to)
+        x = add(self.feed_forward1(self.norm_feed_forward1(x)), x, 0.5)
+        x = add(self.self_attn(self.norm_self_att(x), valid, context, positions), x)
+        x = add(self.conv(self.norm_conv(x), valid), x)
+        x = add(self.feed_forward2(self.norm_feed_forward2(x)), x, 0.5)
         return self.norm_out(x)
 
 
