@@ -92,6 +92,8 @@ def linear(x, weight, bias=None, swish: bool = False):
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        if bias is not None:
+            bias = bias.contiguous()  # it takes the numbers as they lie in memory
         if x.dtype == torch.float32:
             weight = weight.t().contiguous().t()  # the layout that it is fastest with
         then = "swish" if swish else "none"
@@ -232,9 +234,9 @@ def _is_dense(layer, x) -> bool:
 
 class _DenseConv(torch.autograd.Function):
     """Convolution of kernel 3, stride 2 and padding 1 of what a ReLU gave, channels last, on a CPU.
-    It passes on no gradient where the ReLU gave 0: this way in place. Its weight
-    gradient is the product of the output's with the patches of the input, one utterance at a time:
-    oneDNN's own takes up to five times as long."""
+    It passes no gradient on where the ReLU gave 0: here that needs no second tensor of this size.
+    In float32 its weight gradient is the product of the output's with the patches of the input, one
+    utterance at a time: oneDNN's own takes up to five times as long."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -247,18 +249,19 @@ class _DenseConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d_y = d_y.contiguous(memory_format=torch.channels_last)
         options = ([2, 2], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, ...
-        only_x = [True, False, False]
-        d_x = torch.ops.aten.convolution_backward(d_y, x, weight, None, *options, only_x)[0]
+        needed = [True, x.dtype != torch.float32, False]
+        gradients = torch.ops.aten.convolution_backward(d_y, x, weight, None, *options, needed)
+        d_x, d_weight, _ = gradients
         torch.ops.aten.threshold_backward.grad_input(d_x, x, 0, grad_input=d_x)
-        d_weight = 0
-        for one, d_one in zip(x, d_y):
-            patches = F.pad(one.permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T + 2, F + 2, C)
-            patches = patches.unfold(0, 3, 2).unfold(1, 3, 2)  # (T', F', C, 3, 3)
-            patches = patches.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)  # (T' F', 9 C)
-            product = transposed_product(d_one.permute(1, 2, 0).flatten(0, 1), patches)
-            d_weight = d_weight + product.float()
-        d_weight = d_weight.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-        return d_x, d_weight.to(weight.dtype), d_y.sum((0, 2, 3))
+        if x.dtype == torch.float32:
+            d_weight = torch.zeros(len(weight), 9 * x.shape[1])
+            for one, d_one in zip(x, d_y):
+                patches = F.pad(one.permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T + 2, F + 2, C)
+                patches = patches.unfold(0, 3, 2).unfold(1, 3, 2)  # (T', F', C, 3, 3)
+                patches = patches.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)  # (T' F', 9 C)
+                d_weight += transposed_product(d_one.permute(1, 2, 0).flatten(0, 1), patches)
+            d_weight = d_weight.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+        return d_x, d_weight, d_y.sum((0, 2, 3))
 
 
 def relative_positions(size: int, d_model: int, device) -> torch.Tensor:
@@ -293,27 +296,27 @@ class RelativeAttention(nn.Module):
         """(B, N, D), (B, N) bool, None or (N, N) bool: the keys that a query may see, (2N, D)
         -> (B, N, D)."""
         h, d, dropout = self.n_heads, self.pos_bias_u.shape[1], self.dropout if self.training else 0
-        u, v = (bias[:, :, None] * d**-0.5 for bias in (self.pos_bias_u, self.pos_bias_v))
-
-        def extended(q, k, v, in_q: float):
-            """(H, d, .) each -> (3 H (d + 4), .): one product for q, k and v, and each head with
-            four dimensions more. q is 1 there, and k has in the first what it scores whatever the
-            query: u . k. _Attention puts the mask of padding into the second. So neither takes a
-            pass over (N, N), nor u and v one over q. The last two are 0: rows stay aligned."""
-            zeros = q.new_zeros(h, 4, q.shape[2])
-            k = torch.cat([k, (u * k).sum(1, keepdim=True), zeros[:, 1:]], 1)
-            v = torch.cat([v * kept_scale(dropout), zeros], 1)
-            return torch.cat([torch.cat([q * d**-0.5, zeros + in_q], 1), k, v]).flatten(0, 1)
-
+        u, v_p = (bias[:, :, None] * d**-0.5 for bias in (self.pos_bias_u, self.pos_bias_v))
+        # One product for q, k and v, and each head with four dimensions more. q is 1 there, and k
+        # has in the first what it scores whatever the query: u . k. _Attention puts the mask of
+        # padding into the second. So neither takes a pass over (N, N), nor u and v one over q. The
+        # last two are 0: rows stay aligned. The biases ride along as one more column.
         three = (self.linear_q, self.linear_k, self.linear_v)
-        weight = extended(*(one.weight.view(h, d, -1) for one in three), 0)
-        no_bias = weight.new_zeros(h * d)
-        biases = (no_bias if one.bias is None else one.bias for one in three)
-        bias = extended(*(one.view(h, d, 1) for one in biases), 1).flatten()
-        qkv = linear(x, weight, bias).view(*x.shape[:2], 3, h, d + 4).permute(2, 3, 0, 1, 4)
-        w_p = self.linear_pos.weight.view(h, d, -1)  # likewise, with v . p
-        w_p = torch.cat([w_p, (v * w_p).sum(1, keepdim=True), w_p.new_zeros(h, 3, w_p.shape[2])], 1)
-        p = linear(positions, w_p.flatten(0, 1)).view(-1, h, d + 4).transpose(0, 1)
+        weight = torch.cat([one.weight for one in three])
+        no_bias = three[0].bias is None
+        bias = weight.new_zeros(len(weight)) if no_bias else torch.cat([one.bias for one in three])
+        q, k, v = torch.cat([weight, bias[:, None]], 1).view(3, h, d, -1)  # (H, d, D + 1)
+        zeros = q.new_zeros(h, 4, q.shape[-1])
+        ones = F.pad(zeros[..., 1:], (0, 1), value=1.0)
+        q = torch.cat([q * d**-0.5, ones], 1)
+        k = torch.cat([k, (u * k).sum(1, keepdim=True), zeros[:, 1:]], 1)
+        v = torch.cat([v * kept_scale(dropout), zeros], 1)
+        both = torch.cat([q, k, v]).flatten(0, 1)  # (3 H (d + 4), D + 1)
+        qkv = linear(x, both[:, :-1], both[:, -1])
+        qkv = qkv.view(*x.shape[:2], 3, h, d + 4).permute(2, 3, 0, 1, 4)
+        p = self.linear_pos.weight.view(h, d, -1)  # likewise, with v . p
+        p = torch.cat([p, (v_p * p).sum(1, keepdim=True), zeros[:, 1:, 1:]], 1).flatten(0, 1)
+        p = linear(positions, p).view(-1, h, d + 4).transpose(0, 1)
         # Finite masks: a row without any key stays a number, and exp(-1e4) is 0 all the same.
         padding = (valid.to(qkv.dtype) - 1) * 1e4
         if context is not None:
@@ -339,20 +342,19 @@ class _Attention(torch.autograd.Function):
         qkv = qkv.contiguous()
         qkv[1, ..., d + 1] += padding
         q, keys, values = qkv.flatten(1, 2)  # (H B, N, d + 4)
-        out = qkv.new_empty(b, n, h, d)
+        out, type_ = qkv.new_empty(b, n, h, d), torch.promote_types(qkv.dtype, torch.float32)
         for start in range(0, n, _Attention.ROWS):
             rows = slice(start, min(start + _Attention.ROWS, n))
             near = slice(n - rows.stop, 2 * n - start)  # the positions of these rows, and one
-            scores = qkv[0, :, :, rows].flatten(1, 2) @ p[:, near].transpose(-2, -1)
+            scores = torch.bmm(qkv[0, :, :, rows].flatten(1, 2), p[:, near].transpose(1, 2))
             scores = by_key(scores.unflatten(1, (b, -1))).flatten(0, 1)
-            scores = torch.baddbmm(scores, q[:, rows], keys.transpose(-2, -1))  # (H B, R, N)
+            scores = torch.baddbmm(scores, q[:, rows], keys.transpose(1, 2))  # (H B, R, N)
             if context is not None:
                 scores += context[rows]
-            wide_type = torch.promote_types(scores.dtype, torch.float32)
-            weights = torch.softmax(scores, -1, dtype=wide_type).to(qkv.dtype)
+            weights = torch.softmax(scores, -1, dtype=type_).to(qkv.dtype)
             draws = random_bytes(weights.shape, weights.device) if dropout else None
             kept = keep(weights, draws, dropout) if dropout else weights
-            y = (kept @ values).view(h, b, -1, wide)[..., :d]
+            y = torch.bmm(kept, values).view(h, b, -1, wide)[..., :d]
             out[:, rows] = y.permute(1, 2, 0, 3)
             if ctx.needs_input_grad[0]:
                 blocks += [weights, draws]
@@ -372,7 +374,7 @@ class _Attention(torch.autograd.Function):
         for start, weights, draws in zip(range(0, n, _Attention.ROWS), blocks[::2], blocks[1::2]):
             rows = slice(start, min(start + _Attention.ROWS, n))
             near = slice(n - rows.stop, 2 * n - start)
-            d_scores, kept = d_y[:, rows] @ values.transpose(-2, -1), weights
+            d_scores, kept = torch.bmm(d_y[:, rows], values.transpose(1, 2)), weights
             if draws is not None:
                 d_scores = keep(d_scores, draws, ctx.dropout)
                 kept = keep(weights, draws, ctx.dropout)
@@ -380,12 +382,12 @@ class _Attention(torch.autograd.Function):
             shifted = d_scores.new_zeros(h, b, d_scores.shape[1], near.stop - near.start)
             by_key(shifted).copy_(d_scores.view(h, b, -1, n))
             shifted = shifted.flatten(1, 2)  # (H, B R, N + R)
-            d_rows = (d_scores @ keys).view(h, -1, wide)
+            d_rows = torch.bmm(d_scores, keys).view(h, -1, wide)
             d_q[:, rows] = torch.baddbmm(d_rows, shifted, p[:, near]).view(h * b, -1, wide)
-            d_p[:, near] += shifted.transpose(-2, -1) @ qkv[0, :, :, rows].flatten(1, 2)
+            d_p[:, near] += torch.bmm(shifted.transpose(1, 2), qkv[0, :, :, rows].flatten(1, 2))
             again = int(start > 0)  # the first block overwrites what was not initialised
-            torch.baddbmm(d_v, kept.transpose(-2, -1), d_y[:, rows], beta=again, out=d_v)
-            torch.baddbmm(d_k, d_scores.transpose(-2, -1), q[:, rows], beta=again, out=d_k)
+            torch.baddbmm(d_v, kept.transpose(1, 2), d_y[:, rows], beta=again, out=d_v)
+            torch.baddbmm(d_k, d_scores.transpose(1, 2), q[:, rows], beta=again, out=d_k)
         return d_qkv, d_p, None, None, None
 
 

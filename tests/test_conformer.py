@@ -1,5 +1,6 @@
 """The encoder and the two models: against double loops, and the laws (NeMo: test_nemo.py)."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -79,11 +80,13 @@ def test_attention_is_the_double_loop(monkeypatch, rows):
 
 
 @pytest.mark.parametrize("rows", [2, 128])
-@pytest.mark.parametrize("limited", [False, True])
-def test_the_gradient_of_attention_is_that_of_finite_differences(monkeypatch, rows, limited):
+@pytest.mark.parametrize("limited, dropout", [(False, 0.0), (True, 0.0), (False, 0.5)])
+def test_the_gradient_of_attention_is_that_of_finite_differences(
+    monkeypatch, rows, limited, dropout
+):
     monkeypatch.setattr(conformer._Attention, "ROWS", rows)
     torch.manual_seed(0)
-    attention = RelativeAttention(4, 2, dropout=0.0).double()
+    attention = RelativeAttention(4, 2, dropout, bias=not limited).double()
     torch.nn.init.normal_(attention.pos_bias_u)
     torch.nn.init.normal_(attention.pos_bias_v)
     x = torch.randn(2, 5, 4, dtype=torch.double, requires_grad=True)
@@ -93,6 +96,7 @@ def test_the_gradient_of_attention_is_that_of_finite_differences(monkeypatch, ro
     names, parameters = zip(*attention.named_parameters())
 
     def call(x, *parameters):
+        torch.manual_seed(1)  # the same weights dropped each time
         arguments = (x, valid, context, positions)
         y = torch.func.functional_call(attention, dict(zip(names, parameters)), arguments)
         return y[valid]
@@ -116,18 +120,60 @@ def test_the_gradient_of_feed_forward_is_that_of_finite_differences(dropout):
     assert torch.allclose(block.eval()(x), expected)
 
 
-def test_the_gradient_of_the_subsampling_convolution_is_pytorchs():
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gated_convolution_and_its_gradient_are_pytorchs(bias):
     torch.manual_seed(0)
-    layer = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1).to(memory_format=torch.channels_last)
-    x = torch.randn(2, 3, 9, 6).to(memory_format=torch.channels_last).requires_grad_()
-    results = []
+    layer = torch.nn.Conv1d(6, 6, 5, padding=2, groups=6, bias=bias)
+    x = torch.randn(3, 9, 12, requires_grad=True)
+    valid = length_mask(torch.tensor([9, 4, 1]), 9)[:, :, None].float()
+    theirs = layer((torch.nn.functional.glu(x, dim=-1) * valid).transpose(1, 2)).transpose(1, 2)
+    ours = conformer._GatedConvolution.apply(x, valid, layer.weight, layer.bias)
+    inputs = (x, *layer.parameters())
+    for y, y2 in zip(
+        (theirs, *torch.autograd.grad(theirs.sin().sum(), inputs)),
+        (ours, *torch.autograd.grad(ours.sin().sum(), inputs)),
+    ):
+        assert y.shape == y2.shape and torch.allclose(y, y2, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_subsampling_convolution_is_pytorchs(dtype):
+    torch.manual_seed(0)
+    channels_last = {"dtype": dtype, "memory_format": torch.channels_last}
+    layer = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1).to(**channels_last)
+    x = torch.randn(2, 3, 9, 6).to(**channels_last).requires_grad_()
     after_relu = x.detach().relu().requires_grad_()  # the ReLU's gradient is in ours
     ours = conformer._DenseConv.apply(after_relu, layer.weight, layer.bias)
+    results = []
     for y, given in ((layer(x.relu()), x), (ours, after_relu)):
         gradients = torch.autograd.grad(y.sin().sum(), (given, layer.weight, layer.bias))
         results.append((y, *gradients))
+    close = 1e-5 if dtype == torch.float32 else 2e-2
     for theirs, ours in zip(*results):
-        assert torch.allclose(theirs, ours, atol=1e-5)
+        assert torch.allclose(theirs, ours, atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_linear_without_a_gradient_takes_tensors_however_they_lie_in_memory(dtype):
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(2, 3, 6),
+        torch.randn(1, 1, 6).expand(2, 3, 6),
+        torch.randn(6, 3, 2).permute(2, 1, 0),
+        torch.randn(2, 3, 9)[..., 2:8],
+    ]
+    weights = [torch.randn(5, 6), torch.randn(5, 8)[:, 1:7], torch.randn(6, 5).t()]
+    biases = [None, torch.randn(5), torch.randn(5, 3)[:, 1], torch.randn(1).expand(5)]
+    for x, weight, bias in itertools.product(inputs, weights, biases):
+        expected = torch.nn.functional.linear(x, weight, bias)
+        with torch.no_grad():
+            b = None if bias is None else bias.to(dtype)
+            y = conformer.linear(x.to(dtype), weight.to(dtype), b)
+            swished = conformer.linear(x.to(dtype), weight.to(dtype), b, swish=True)
+        close = 5e-2 if dtype == torch.bfloat16 else 1e-5
+        assert torch.allclose(y.float(), expected, atol=close, rtol=close)
+        expected = torch.nn.functional.silu(expected)
+        assert torch.allclose(swished.float(), expected, atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
