@@ -170,7 +170,7 @@ class LogMel(nn.Module):
             starts = range(0, x.shape[1] - self.n_fft + 1, FRAMES * self.hop)
             size = (FRAMES - 1) * self.hop + self.n_fft
             blocks = [self._log_mel(x[:, start : start + size]) for start in starts]
-            x = torch.cat(blocks, dim=2).transpose(1, 2)  # (B, T, F)
+            x = torch.cat(blocks, dim=1)  # (B, T, F)
 
             n_frames = n_samples // self.hop
             valid = length_mask(n_frames, x.shape[1])[:, :, None]
@@ -182,13 +182,16 @@ class LogMel(nn.Module):
             return x, n_frames
 
     def _log_mel(self, x):
-        """(B, S) -> (B, F, T): a frame of n_fft samples at each multiple of the hop."""
+        """(B, S) -> (B, T, F): a frame of n_fft samples at each multiple of the hop."""
         spectrum = torch.stft(  # (B, 257, T)
             x, self.n_fft, self.hop, len(self.window), self.window,
             center=False, return_complex=True,
         )  # fmt: skip
-        power = spectrum.real.square() + spectrum.imag.square()
-        x = self.mel @ power.pow(self.mag_power / 2)
+        squares = torch.view_as_real(spectrum).square()
+        power = squares[..., 0] + squares[..., 1]
+        if self.mag_power != 2:
+            power = power.pow(self.mag_power / 2)
+        x = F.linear(power.transpose(1, 2), self.mel)
         if not self.log:
             return x
         clamp = self.log_guard_type == "clamp"
