@@ -7,6 +7,7 @@ convolution, BatchNorm), so that an utterance is encoded the same whatever it is
 Parameter names are NeMo's: the encoder of one of its checkpoints loads with strict=True.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -88,13 +89,14 @@ def linear(x, weight, bias=None, swish: bool = False):
     adds the bias (and without a gradient Swish) on the way, and in float32 uses the whole vector
     width of the machine. PyTorch's own way there is MKL, which takes half of it where Intel did
     not build the CPU, and twice the time."""
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype != torch.float64:
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+    dtype = x.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and _onednn_takes(dtype):
+        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
         if bias is not None:
             bias = bias.contiguous()  # it takes the numbers as they lie in memory
-        if x.dtype == torch.float32:
+        if dtype == torch.float32:
             weight = weight.t().contiguous().t()  # the layout that it is fastest with
         then = "swish" if swish else "none"
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
@@ -108,6 +110,16 @@ def linear(x, weight, bias=None, swish: bool = False):
     return F.silu(y) if swish else y
 
 
+@functools.cache
+def _onednn_takes(dtype) -> bool:
+    """Does oneDNN multiply in this type on this machine?"""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
 def transposed_product(y, x):
     """The weight gradient of linear(): (..., D2), (..., D) -> y^T x (D2, D)."""
     if not _by_convolution(x):
@@ -119,7 +131,7 @@ def transposed_product(y, x):
 def _by_convolution(x) -> bool:
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # oneDNN, in bfloat16
         return False
-    return x.dtype == torch.float32
+    return x.dtype == torch.float32 and _onednn_takes(x.dtype)
 
 
 def _image(x):
@@ -295,33 +307,42 @@ class RelativeAttention(nn.Module):
     def forward(self, x, valid, context, positions):
         """(B, N, D), (B, N) bool, None or (N, N) bool: the keys that a query may see, (2N, D)
         -> (B, N, D)."""
-        h, d, dropout = self.n_heads, self.pos_bias_u.shape[1], self.dropout if self.training else 0
-        u, v_p = (bias[:, :, None] * d**-0.5 for bias in (self.pos_bias_u, self.pos_bias_v))
-        # One product for q, k and v, and each head with four dimensions more. q is 1 there, and k
-        # has in the first what it scores whatever the query: u . k. _Attention puts the mask of
-        # padding into the second. So neither takes a pass over (N, N), nor u and v one over q. The
-        # last two are 0: rows stay aligned. The biases ride along as one more column.
-        three = (self.linear_q, self.linear_k, self.linear_v)
-        weight = torch.cat([one.weight for one in three])
-        no_bias = three[0].bias is None
-        bias = weight.new_zeros(len(weight)) if no_bias else torch.cat([one.bias for one in three])
-        q, k, v = torch.cat([weight, bias[:, None]], 1).view(3, h, d, -1)  # (H, d, D + 1)
-        zeros = q.new_zeros(h, 4, q.shape[-1])
-        ones = F.pad(zeros[..., 1:], (0, 1), value=1.0)
-        q = torch.cat([q * d**-0.5, ones], 1)
-        k = torch.cat([k, (u * k).sum(1, keepdim=True), zeros[:, 1:]], 1)
-        v = torch.cat([v * kept_scale(dropout), zeros], 1)
-        both = torch.cat([q, k, v]).flatten(0, 1)  # (3 H (d + 4), D + 1)
-        qkv = linear(x, both[:, :-1], both[:, -1])
-        qkv = qkv.view(*x.shape[:2], 3, h, d + 4).permute(2, 3, 0, 1, 4)
-        p = self.linear_pos.weight.view(h, d, -1)  # likewise, with v . p
-        p = torch.cat([p, (v_p * p).sum(1, keepdim=True), zeros[:, 1:, 1:]], 1).flatten(0, 1)
-        p = linear(positions, p).view(-1, h, d + 4).transpose(0, 1)
+        h, dropout = self.n_heads, self.dropout if self.training else 0.0
+        weight, bias, weight_p = self.extended(dropout)
+        qkv = linear(x, weight, bias).view(*x.shape[:2], 3, h, -1).permute(2, 3, 0, 1, 4)
+        p = linear(positions, weight_p).view(len(positions), h, -1).transpose(0, 1)
         # Finite masks: a row without any key stays a number, and exp(-1e4) is 0 all the same.
         padding = (valid.to(qkv.dtype) - 1) * 1e4
         if context is not None:
             context = (context.to(qkv.dtype) - 1) * 1e4
         return self.linear_out(_Attention.apply(qkv, p, padding, context, dropout))
+
+    def extended(self, dropout: float):
+        """The weight (3 H (d + 4), D) and bias of one product for q, k and v, and the weight
+        (H (d + 4), D) of p: every head has four dimensions more than its d = D / H.
+
+        q is 1 in them. k has in the first what a key scores whatever the query, u . k, and p has
+        v . p; _Attention writes the mask of padding into the second: none of these takes a pass
+        over (N, N), nor u and v one over q. The last two are 0: rows stay aligned. q, u and v are
+        scaled by d^-1/2, the values by what makes up for dropout.
+        """
+        h, d = self.pos_bias_u.shape
+        u, v_p = (bias[:, :, None] * d**-0.5 for bias in (self.pos_bias_u, self.pos_bias_v))
+        three = (self.linear_q, self.linear_k, self.linear_v)
+        weight = torch.cat([one.weight for one in three])
+        no_bias = three[0].bias is None
+        bias = weight.new_zeros(len(weight)) if no_bias else torch.cat([one.bias for one in three])
+        # the bias rides along as one more column: q, k, v (H, d, D + 1)
+        q, k, v = torch.cat([weight, bias[:, None]], 1).view(3, h, d, -1)
+        zeros = q.new_zeros(h, 4, q.shape[-1])
+        ones = F.pad(zeros[..., 1:], (0, 1), value=1.0)  # as biases
+        q = torch.cat([q * d**-0.5, ones], 1)
+        k = torch.cat([k, (u * k).sum(1, keepdim=True), zeros[:, 1:]], 1)
+        v = torch.cat([v * kept_scale(dropout), zeros], 1)
+        both = torch.cat([q, k, v]).flatten(0, 1)
+        p = self.linear_pos.weight.view(h, d, -1)
+        p = torch.cat([p, (v_p * p).sum(1, keepdim=True), zeros[:, 1:, 1:]], 1)
+        return both[:, :-1], both[:, -1], p.flatten(0, 1)
 
 
 class _Attention(torch.autograd.Function):
@@ -549,6 +570,8 @@ class FeedForward(nn.Module):
     def forward(self, x):
         """(B, T', D) -> (B, T', D)."""
         p = self.dropout.p if self.training else 0.0
+        if not p and not torch.is_grad_enabled():
+            return self.linear2(linear(x, self.linear1.weight, self.linear1.bias, swish=True))
         tensors = x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
         if torch.is_autocast_enabled(x.device.type):  # for both directions at once
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -565,8 +588,6 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, p):
-        if not any(ctx.needs_input_grad):
-            return linear(linear(x, w1, b1, swish=True), w2, b2)
         ctx.bias, ctx.scale, h = b1 is not None, kept_scale(p), linear(x, w1, b1)
         if p:
             draws = random_bytes(h.shape, h.device)
