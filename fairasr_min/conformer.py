@@ -86,9 +86,9 @@ class Linear(nn.Linear):
 
 def linear(x, weight, bias=None, swish: bool = False):
     """F.linear: (..., D), (D2, D), (D2,) -> (..., D2), and Swish of it. On a CPU by oneDNN, which
-    adds the bias (and without a gradient Swish) on the way, and in float32 uses the whole vector
-    width of the machine. PyTorch's own way there is MKL, which takes half of it where Intel did
-    not build the CPU, and twice the time."""
+    adds the bias (and without a gradient Swish) on the way, by the operator that torch.compile
+    would call; and in float32 uses the whole vector width of the machine. PyTorch's own way there
+    is MKL, which takes half of it where Intel did not build the CPU, and twice the time."""
     dtype = x.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
