@@ -156,6 +156,8 @@ class Dropout(nn.Dropout):
 
 
 class _AddDropped(torch.autograd.Function):
+    """residual + scale * what dropout keeps of x; remembers the draws, a byte an element."""
+
     @staticmethod
     def forward(ctx, residual, x, p, scale):
         draws, ctx.p, ctx.scale = random_bytes(x.shape, x.device), p, scale
@@ -360,7 +362,7 @@ class _Attention(torch.autograd.Function):
         """(3, H, B, N, d + 4), (H, 2N, d + 4), (B, N) and (N, N) to add or None -> (B, N, H d)."""
         _, h, b, n, wide = qkv.shape
         d, blocks = wide - 4, []
-        qkv = qkv.contiguous()
+        qkv = qkv.clone(memory_format=torch.contiguous_format)  # ours to write into
         qkv[1, ..., d + 1] += padding
         q, keys, values = qkv.flatten(1, 2)  # (H B, N, d + 4)
         out, type_ = qkv.new_empty(b, n, h, d), torch.promote_types(qkv.dtype, torch.float32)
@@ -431,7 +433,8 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x, valid):
-        """(B, T', D), (B, T', 1) bool -> (B, T', D). Evaluation uses the running statistics."""
+        """(B, T', D), (B, T', 1) of 0 and 1 -> (B, T', D). Evaluation uses the running
+        statistics."""
         if not self.training:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             return torch.addcmul(self.bias - self.running_mean * scale, x, scale).to(x.dtype)
@@ -450,7 +453,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, valid, weight, bias, eps):
-        """(B, T', D), (B, T', 1) bool, (D,), (D,) -> y, mean (D,), variance (D,), count."""
+        """(B, T', D), (B, T', 1), (D,), (D,) -> y, mean (D,), variance (D,), count."""
         wide, valid = x.float(), valid.float()
         count = _over_processes(valid.sum()).clamp(min=1)
         mean = _over_processes((wide * valid).sum((0, 1))) / count
