@@ -49,9 +49,19 @@ def read_audio(path: str | Path, offset: float = 0.0, seconds: float | None = No
     `seconds` cut a segment out of a longer recording. Raises AudioError if the file cannot be
     decoded, is empty or cut short, or holds NaN or infinite samples.
     """
-    blocks = list(_blocks(path, offset, seconds))
-    waveform = torch.from_numpy(np.concatenate([block for _, block in blocks]))
-    rate = blocks[0][0]
+    return at_16_khz(*decode_audio(path, offset, seconds))
+
+
+def decode_audio(path: str | Path, offset: float = 0.0, seconds: float | None = None):
+    """The first half of read_audio: -> sample rate, mono float32 samples (S,). The decoders run
+    outside of Python's lock, so that several threads can do this at once."""
+    rates, blocks = zip(*_blocks(path, offset, seconds))
+    return rates[0], np.concatenate(blocks)
+
+
+def at_16_khz(rate: int, samples: np.ndarray) -> torch.Tensor:
+    """The second half of read_audio."""
+    waveform = torch.from_numpy(samples)
     if rate != SAMPLE_RATE:
         waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
     return waveform

@@ -33,9 +33,10 @@ from fairasr_min.audio import (
     HOP,
     SAMPLE_RATE,
     AudioError,
+    at_16_khz,
     audio_seconds,
+    decode_audio,
     loudest_sample,
-    read_audio,
 )
 from fairasr_min.text import Tokenizer, ctc_min_frames, normalize, printable
 
@@ -555,18 +556,32 @@ class SpeechDataset(Dataset):
         return len(self.utterances)
 
     def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list:
+        """A batch, which is how a DataLoader asks: files are decoded by as many threads as PyTorch
+        computes with (a worker has one). What follows stays in this thread: any other would start
+        PyTorch's threads once more."""
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            audio = pool.map(self._decode, [index for _, index in keys])
+            return [self._item(*key, one) for key, one in zip(keys, audio)]
+
+    def _decode(self, index):
         u = self.utterances[index]
         try:
-            segment = () if u.offset is None else (u.offset, u.seconds)
-            waveform = read_audio(u.path, *segment)
+            return decode_audio(u.path, *(() if u.offset is None else (u.offset, u.seconds)))
         except AudioError as error:
             # as a value: raised in a worker, it would arrive as a traceback
             return AudioError(f"{error}. Line {u.line} of the manifest; changed while we ran?")
-        ids = self.tokenizer.encode(u.text) if self.tokenizer else []
+
+    def _item(self, epoch, index, audio):
+        if isinstance(audio, AudioError):
+            return audio
+        text = self.utterances[index].text
+        ids = self.tokenizer.encode(text) if self.tokenizer else []
         draws = np.random.default_rng([self.seed, epoch, index + 1])  # 0 is that of Batches
         draws = torch.from_numpy(draws.random(self.n_draws, np.float32))
-        return index, waveform, self.labels[index], torch.tensor(ids), draws
+        return index, at_16_khz(*audio), self.labels[index], torch.tensor(ids), draws
 
 
 def collate(items: list) -> Batch | AudioError:
