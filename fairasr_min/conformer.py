@@ -84,21 +84,19 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def linear(x, weight, bias=None, swish: bool = False):
-    """F.linear: (..., D), (D2, D), (D2,) -> (..., D2), and Swish of it. On a CPU by oneDNN, which
-    adds the bias (and without a gradient Swish) on the way, by the operator that torch.compile
-    would call; and in float32 uses the whole vector width of the machine. PyTorch's own way there
-    is MKL, which takes half of it where Intel did not build the CPU, and twice the time."""
-    dtype = x.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+def linear(x, weight, bias=None, then: str = "none"):
+    """F.linear: (..., D), (D2, D), (D2,) -> (..., D2), then "swish" or "relu" of it. On a CPU by
+    oneDNN, which adds the bias (and without a gradient takes what follows) on the way, by the
+    operator that torch.compile would call; and in float32 uses the whole vector width of the
+    machine. PyTorch's own way there is MKL, which takes half of it where Intel did not build the
+    CPU, and twice the time."""
+    dtype = _product_type(x)
     if x.device.type == "cpu" and not torch.is_grad_enabled() and _onednn_takes(dtype):
         x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
         if bias is not None:
             bias = bias.contiguous()  # it takes the numbers as they lie in memory
         if dtype == torch.float32:
             weight = weight.t().contiguous().t()  # the layout that it is fastest with
-        then = "swish" if swish else "none"
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
     if _by_convolution(x):
         # which oneDNN computes, too, and PyTorch has a gradient for; a kernel of 1 has nothing to
@@ -107,7 +105,16 @@ def linear(x, weight, bias=None, swish: bool = False):
         y = y.permute(0, 2, 3, 1).view(*x.shape[:-1], len(weight))
     else:
         y = F.linear(x, weight, bias)
-    return F.silu(y) if swish else y
+    if then == "swish":
+        return F.silu(y)
+    return F.relu_(y) if then == "relu" else y
+
+
+def _product_type(x) -> torch.dtype:
+    """What products of x are computed in, autocast or not."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 @functools.cache
@@ -162,12 +169,12 @@ class _AddDropped(torch.autograd.Function):
     def forward(ctx, residual, x, p, scale):
         draws, ctx.p, ctx.scale = random_bytes(x.shape, x.device), p, scale
         ctx.save_for_backward(draws)
-        return torch.add(residual, keep(x, draws, p), alpha=scale)
+        return torch.add(residual, keep_(ones_to_keep(draws, p, x.dtype), x), alpha=scale)
 
     @staticmethod
     def backward(ctx, grad):
-        (draws,) = ctx.saved_tensors
-        return grad, keep(grad, draws, ctx.p).mul_(ctx.scale), None, None
+        ones = ones_to_keep(*ctx.saved_tensors, ctx.p, grad.dtype)
+        return grad, keep_(ones, grad).mul_(ctx.scale), None, None
 
 
 def random_bytes(shape, device) -> torch.Tensor:
@@ -179,13 +186,16 @@ def random_bytes(shape, device) -> torch.Tensor:
     return words.view(torch.uint8)[:size].view(shape)
 
 
-def keep(x, draws, p: float) -> torch.Tensor:
-    """x with 0 where the draws are the fraction p of the lowest. By its bits: loops over integers
-    are three times as fast as those over bfloat16, and over bools slower than either."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    dropped = torch.empty(x.shape, dtype=bits, device=x.device)
-    torch.lt(draws, round(256 * p), out=dropped)
-    return dropped.sub_(1).bitwise_and_(x.view(bits)).view(x.dtype)  # 1 and 0 to none and all
+def ones_to_keep(draws, p: float, dtype) -> torch.Tensor:
+    """1, but 0 where the draws are the fraction p of the lowest: integers of the width of dtype."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    return torch.ge(draws, round(256 * p), out=draws.new_empty(draws.shape, dtype=bits))
+
+
+def keep_(ones, x) -> torch.Tensor:
+    """x where there is a 1, else 0; overwrites the ones. By its bits: loops over integers are three
+    times as fast as those over bfloat16, and over bools slower than either."""
+    return ones.mul_(x.view(ones.dtype)).view(x.dtype)
 
 
 def kept_scale(p: float) -> float:
@@ -213,69 +223,88 @@ class Subsampling(nn.Module):
 
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T', D), (B,)."""
-        x = (x * _valid(lengths, x.shape[1])[:, :, None])[:, None]  # (B, 1, T, F)
-        x = x.contiguous(memory_format=torch.channels_last)
-        for layer, following in zip(self.conv, [*self.conv[1:], None]):
-            if isinstance(layer, nn.Conv2d):
-                if _is_dense(layer, x):
-                    x = _DenseConv.apply(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
-                else:
-                    x = layer(x)
-                lengths = _halved(lengths) if layer.stride == (2, 2) else lengths
-            else:
-                # The biases have written into the padding, and the next kernel would read it. In
-                # place, like the ReLU: these are by far the largest tensors of all; and only behind
-                # the shortest utterance, if to know it is not to wait for a GPU. Without a
+        seen = patches((x * _valid(lengths, x.shape[1])[:, :, None]).to(_product_type(x)))
+        lengths, (first, _, *others) = _halved(lengths), self.conv
+        seen.mul_(_valid(lengths, seen.shape[1])[:, :, None, None])  # so that padding stays 0
+        # the first convolution as a product: a third of the time that one of one channel takes
+        weight = torch.cat([first.weight.flatten(1), first.bias[:, None]], 1)
+        weight = F.pad(weight, (0, seen.shape[-1] - weight.shape[1]))
+        dense = others and others[0].groups == 1
+        if dense and x.device.type == "cpu" and not seen.requires_grad:
+            second, *others = others
+            lengths = _halved(lengths)
+            x = _TwoConvs.apply(seen, weight, second.weight, second.bias)
+        else:
+            x = linear(seen, weight, then="relu").permute(0, 3, 1, 2)  # (B, C, T', F')
+        for layer in others:
+            if isinstance(layer, nn.ReLU):
+                # The biases have written into the padding, and the next kernel would read it. Only
+                # behind the shortest utterance, if to know it is not to wait for a GPU; without a
                 # gradient: where the ReLU is given 0, it passes none on.
                 shortest = int(lengths.min()) if x.device.type == "cpu" else 0
                 mask = _valid(lengths, x.shape[2])[:, None, shortest:, None].to(x.dtype)
                 with torch.no_grad():
                     x[:, :, shortest:].mul_(mask)
-                    if _is_dense(following, x):
-                        x.relu_()  # whose gradient is part of _DenseConv's
-                if not _is_dense(following, x):
-                    x = layer(x)
+                x = layer(x)
+            else:
+                x = layer(x)
+                lengths = _halved(lengths) if layer.stride == (2, 2) else lengths
         # (B, C, T', F') lies in memory as (B, T', F', C): reorder the small weight, not x
         weight = self.out.weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
         return linear(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias), lengths
 
 
-def _is_dense(layer, x) -> bool:
-    if not isinstance(layer, nn.Conv2d) or x.device.type != "cpu":
-        return False
-    return layer.in_channels > 1 and layer.groups == 1 and layer.stride == (2, 2)
+def patches(x) -> torch.Tensor:
+    """(B, T, F) -> (B, T', F', 16): the nine numbers that a kernel of 3 sees with stride 2 and
+    padding 1, a 1 for its bias, and zeros up to a width that products are fast with."""
+    b, t, f = x.shape
+    out, x = x.new_zeros(b, _halved(t), _halved(f), 16), F.pad(x, (1, 1, 1, 1))
+    for i in range(9):
+        row, column = divmod(i, 3)
+        out[..., i] = x[:, row : row + t : 2, column : column + f : 2]
+    out[..., 9] = 1
+    return out
 
 
-class _DenseConv(torch.autograd.Function):
-    """Convolution of kernel 3, stride 2 and padding 1 of what a ReLU gave, channels last, on a CPU.
-    It passes no gradient on where the ReLU gave 0: here that needs no second tensor of this size.
-    In float32 its weight gradient is the product of the output's with the patches of the input, one
-    utterance at a time: oneDNN's own takes up to five times as long."""
+class _TwoConvs(torch.autograd.Function):
+    """The first two convolutions and the ReLU between them, channels last, on a CPU. What lies
+    between is by far the largest tensor of all; of its gradient there is never more than that of
+    one utterance, which fits into a cache. No gradient of the features."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        """(B, C, T, F), (C2, C, 3, 3), (C2,) -> (B, C2, T/2, F/2)."""
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, stride=2, padding=1)
+    def forward(ctx, seen, w1, w2, b2):
+        """(B, T', F', 16) of patches(), (C, 16), (C2, C, 3, 3), (C2,) -> (B, C2, T'/2, F'/2)."""
+        x = linear(seen, w1, then="relu").permute(0, 3, 1, 2)
+        w2 = w2.to(x.dtype)
+        ctx.save_for_backward(seen, w1, x, w2)
+        return F.conv2d(x, w2, b2.to(x.dtype), stride=2, padding=1)
 
     @staticmethod
     def backward(ctx, d_y):
-        x, weight = ctx.saved_tensors
+        seen, w1, x, w2 = ctx.saved_tensors
         d_y = d_y.contiguous(memory_format=torch.channels_last)
-        options = ([2, 2], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, ...
-        needed = [True, x.dtype != torch.float32, False]
-        gradients = torch.ops.aten.convolution_backward(d_y, x, weight, None, *options, needed)
-        d_x, d_weight, _ = gradients
-        torch.ops.aten.threshold_backward.grad_input(d_x, x, 0, grad_input=d_x)
-        if x.dtype == torch.float32:
-            d_weight = torch.zeros(len(weight), 9 * x.shape[1])
-            for one, d_one in zip(x, d_y):
-                patches = F.pad(one.permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T + 2, F + 2, C)
-                patches = patches.unfold(0, 3, 2).unfold(1, 3, 2)  # (T', F', C, 3, 3)
-                patches = patches.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)  # (T' F', 9 C)
-                d_weight += transposed_product(d_one.permute(1, 2, 0).flatten(0, 1), patches)
-            d_weight = d_weight.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-        return d_x, d_weight, d_y.sum((0, 2, 3))
+        d_w1, d_w2 = torch.zeros_like(w1), torch.zeros_like(w2)
+
+        def gradients(d_y, x, *needed):  # of x, of w2
+            options = ([2, 2], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, ...
+            return torch.ops.aten.convolution_backward(d_y, x, w2, None, *options, [*needed, False])
+
+        def rows(x):
+            return x.permute(0, 2, 3, 1).flatten(0, 2)  # (1, C, T, F) -> (T F, C)
+
+        by_patches = x.dtype == torch.float32  # for which oneDNN takes up to five times as long
+        if not by_patches:
+            d_w2 = gradients(d_y, x, False, True)[1]
+        for d_one, one, ins in zip(d_y.split(1), x.split(1), seen):
+            d_x = gradients(d_one, one, True, False)[0]
+            d_x = torch.ops.aten.threshold_backward(d_x, one, 0)
+            d_w1 += transposed_product(rows(d_x), ins.flatten(0, 1))
+            if by_patches:
+                outs = F.pad(one[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T' + 2, F' + 2, C)
+                outs = outs.unfold(0, 3, 2).unfold(1, 3, 2).permute(0, 1, 3, 4, 2).flatten(2)
+                product = transposed_product(rows(d_one), outs.flatten(0, 1))  # (C2, 9 C)
+                d_w2 += product.unflatten(1, (3, 3, -1)).movedim(3, 1)
+        return None, d_w1, d_w2, d_y.sum((0, 2, 3))
 
 
 def relative_positions(size: int, d_model: int, device) -> torch.Tensor:
@@ -344,7 +373,8 @@ class RelativeAttention(nn.Module):
         both = torch.cat([q, k, v]).flatten(0, 1)
         p = self.linear_pos.weight.view(h, d, -1)
         p = torch.cat([p, (v_p * p).sum(1, keepdim=True), zeros[:, 1:, 1:]], 1)
-        return both[:, :-1], both[:, -1], p.flatten(0, 1)
+        weight, bias = both.split(weight.shape[1], dim=1)
+        return weight, bias.squeeze(1), p.flatten(0, 1)
 
 
 class _Attention(torch.autograd.Function):
@@ -375,8 +405,10 @@ class _Attention(torch.autograd.Function):
             if context is not None:
                 scores += context[rows]
             weights = torch.softmax(scores, -1, dtype=type_).to(qkv.dtype)
-            draws = random_bytes(weights.shape, weights.device) if dropout else None
-            kept = keep(weights, draws, dropout) if dropout else weights
+            draws, kept = None, weights
+            if dropout:
+                draws = random_bytes(weights.shape, weights.device)
+                kept = keep_(ones_to_keep(draws, dropout, weights.dtype), weights)
             y = torch.bmm(kept, values).view(h, b, -1, wide)[..., :d]
             out[:, rows] = y.permute(1, 2, 0, 3)
             if ctx.needs_input_grad[0]:
@@ -399,8 +431,9 @@ class _Attention(torch.autograd.Function):
             near = slice(n - rows.stop, 2 * n - start)
             d_scores, kept = torch.bmm(d_y[:, rows], values.transpose(1, 2)), weights
             if draws is not None:
-                d_scores = keep(d_scores, draws, ctx.dropout)
-                kept = keep(weights, draws, ctx.dropout)
+                ones = ones_to_keep(draws, ctx.dropout, weights.dtype)  # for two
+                d_scores.view(ones.dtype).mul_(ones)
+                kept = keep_(ones, weights)
             d_scores = torch._softmax_backward_data(d_scores, weights, -1, weights.dtype)
             shifted = d_scores.new_zeros(h, b, d_scores.shape[1], near.stop - near.start)
             by_key(shifted).copy_(d_scores.view(h, b, -1, n))
@@ -512,10 +545,10 @@ class Convolution(nn.Module):
         """(B, T', D), (B, T') bool -> (B, T', D)."""
         first, depthwise, last = self.pointwise_conv1, self.depthwise_conv, self.pointwise_conv2
         valid = valid[:, :, None].float()
-        x = linear(x, first.weight[:, :, 0], first.bias)
+        x = linear(x, first.weight.squeeze(2), first.bias)
         y = _GatedConvolution.apply(x, valid, depthwise.weight, depthwise.bias)
         y = F.silu(self.batch_norm(y, valid).to(x.dtype))
-        return linear(y, last.weight[:, :, 0], last.bias)
+        return linear(y, last.weight.squeeze(2), last.bias)
 
 
 class _GatedConvolution(torch.autograd.Function):
@@ -574,11 +607,10 @@ class FeedForward(nn.Module):
         """(B, T', D) -> (B, T', D)."""
         p = self.dropout.p if self.training else 0.0
         if not p and not torch.is_grad_enabled():
-            return self.linear2(linear(x, self.linear1.weight, self.linear1.bias, swish=True))
+            return self.linear2(linear(x, self.linear1.weight, self.linear1.bias, "swish"))
         tensors = x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
-        if torch.is_autocast_enabled(x.device.type):  # for both directions at once
-            dtype = torch.get_autocast_dtype(x.device.type)
-            tensors = (None if t is None else t.to(dtype) for t in tensors)
+        dtype = _product_type(x)  # for both directions at once
+        tensors = (None if t is None else t.to(dtype) for t in tensors)
         return _FeedForward.apply(*tensors, p)
 
 
@@ -604,7 +636,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, d_out):
         x, w1, w2, h = ctx.saved_tensors
         y, d_h = F.silu(h), linear(d_out, w2.t())
-        d_w2 = transposed_product(d_out, y) * ctx.scale
+        d_w2 = transposed_product(d_out, y).mul_(ctx.scale)
         d_h = torch.ops.aten.silu_backward(d_h, h)
         d_b1, d_b2 = (d.sum((0, 1)) if ctx.bias else None for d in (d_h, d_out))
         return linear(d_h, w1.t()), transposed_product(d_h, x), d_b1, d_w2, d_b2, None

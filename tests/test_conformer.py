@@ -18,6 +18,7 @@ from fairasr_min.conformer import (
     Linear,
     MaskedBatchNorm,
     RelativeAttention,
+    Subsampling,
     by_key,
     encoder_frames,
     relative_positions,
@@ -136,21 +137,27 @@ def test_the_gated_convolution_and_its_gradient_are_pytorchs(bias):
         assert y.shape == y2.shape and torch.allclose(y, y2, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_the_subsampling_convolution_is_pytorchs(dtype):
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("of_features", [False, True])  # the usual case has a gradient by hand
+def test_subsampling_is_pytorchs_convolutions(factor, precision, of_features):
     torch.manual_seed(0)
-    channels_last = {"dtype": dtype, "memory_format": torch.channels_last}
-    layer = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1).to(**channels_last)
-    x = torch.randn(2, 3, 9, 6).to(**channels_last).requires_grad_()
-    after_relu = x.detach().relu().requires_grad_()  # the ReLU's gradient is in ours
-    ours = conformer._DenseConv.apply(after_relu, layer.weight, layer.bias)
+    config = ConformerConfig(
+        n_mels=13, d_model=8, subsampling_channels=6, subsampling_factor=factor
+    )
+    ours = Subsampling(config)
+    x, lengths = torch.randn(3, 19, 13, requires_grad=of_features), torch.tensor([19, 19, 19])
+    inputs = [*ours.parameters(), *([x] if of_features else [])]
     results = []
-    for y, given in ((layer(x.relu()), x), (ours, after_relu)):
-        gradients = torch.autograd.grad(y.sin().sum(), (given, layer.weight, layer.bias))
-        results.append((y, *gradients))
-    close = 1e-5 if dtype == torch.float32 else 2e-2
-    for theirs, ours in zip(*results):
-        assert torch.allclose(theirs, ours, atol=close, rtol=close)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        theirs = ours.conv(x[:, None]).transpose(1, 2).flatten(2)
+        theirs = torch.nn.functional.linear(theirs, ours.out.weight, ours.out.bias)
+        for y in (theirs, ours(x, lengths)[0]):
+            gradients = torch.autograd.grad(y.float().sin().sum(), inputs)
+            results.append((y, *gradients))
+    close = 1e-5 if precision == "fp32" else 5e-2
+    for one, other in zip(*results, strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -169,7 +176,7 @@ def test_linear_without_a_gradient_takes_tensors_however_they_lie_in_memory(dtyp
         with torch.no_grad():
             b = None if bias is None else bias.to(dtype)
             y = conformer.linear(x.to(dtype), weight.to(dtype), b)
-            swished = conformer.linear(x.to(dtype), weight.to(dtype), b, swish=True)
+            swished = conformer.linear(x.to(dtype), weight.to(dtype), b, then="swish")
         close = 5e-2 if dtype == torch.bfloat16 else 1e-5
         assert torch.allclose(y.float(), expected, atol=close, rtol=close)
         expected = torch.nn.functional.silu(expected)
