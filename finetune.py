@@ -100,6 +100,9 @@ def arguments() -> argparse.ArgumentParser:
         help="of weights, batches, masks and dropout (%(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32",
         help="of matrix products; loss and features stay fp32 (%(default)s)")
+    add("--activation_checkpointing", action="store_true",
+        help="keep each encoder layer's input only, and compute the rest again for the gradient: "
+             "less memory for long clips or large models, a third more time")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: a GPU if there is one (%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N",
@@ -199,6 +202,7 @@ def main() -> int:
     # ---- model
     runtime.seed_everything(args.seed)
     model = ConformerCTC(config, tokenizer)
+    model.encoder.checkpointing = args.activation_checkpointing
     if initial:
         head = ("decoder",) if "decoder.weight" in initial["weights"] else ()
         checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel", *head))

@@ -112,6 +112,7 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
     model.to(world.device).train(task != "forward")
     if spec["compile"]:
         model.encoder.compile()
+    model.encoder.checkpointing = spec.get("activation_checkpointing", False)
     batch = noise(spec, world.rank).to(world.device)
     loss_of = stage1 if first else ctc
     update = updating(model, loss_of, precision) if task.endswith("_update") else None
@@ -268,10 +269,13 @@ def main() -> int:
     parser = arguments(__doc__, TASKS)
     text = "the encoder by torch.compile, which takes minutes (first_ms)"
     parser.add_argument("--compile", action="store_true", help=text)
+    text = "as that of train.py and finetune.py"
+    parser.add_argument("--activation_checkpointing", action="store_true", help=text)
     args = parser.parse_args()
     if args.worker:
         return worker(json.loads(args.worker))
-    common, content = prepare(args, compile=args.compile)
+    own = {k: getattr(args, k) for k in ("compile", "activation_checkpointing")}
+    common, content = prepare(args, **own)
     print("| task | precision | median ms | min | max | s of audio / s | peak MB |")
     print("|---|---|---:|---:|---:|---:|---:|", flush=True)
     for task, precision in product(args.tasks, args.precision):

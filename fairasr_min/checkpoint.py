@@ -36,7 +36,9 @@ from fairasr_min.nemo import NemoError, check_whole, export, read_nemo
 from fairasr_min.text import NORMALIZATION, Tokenizer
 
 FORMAT = 1
-MAY_DIFFER = {"out", "device", "max_steps", "num_workers", "resume_ckpt"}  # when resuming
+MAY_DIFFER = {  # when resuming
+    "out", "device", "max_steps", "num_workers", "resume_ckpt", "activation_checkpointing",
+}  # fmt: skip
 _locks = []  # open files: closing one would give its folder free
 OURS = ("pretrained.pt", "model.pt", "checkpoint.pt", "previous.pt", "log.jsonl")
 

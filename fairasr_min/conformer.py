@@ -9,6 +9,7 @@ Parameter names are NeMo's: the encoder of one of its checkpoints loads with str
 
 import functools
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -674,6 +676,7 @@ class Conformer(nn.Module):
     def __init__(self, config: ConformerConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # of activations: in training, keep each layer's input only
         self.pre_encode = Subsampling(config)
         before = config.dropout_pre_encoder
         self.dropout = Dropout(config.dropout if before is None else before)
@@ -694,8 +697,30 @@ class Conformer(nn.Module):
         if self.config.att_context != (-1, -1):
             context = _within(self.config.att_context, x.shape[1], x.device)
         for layer in self.layers:
-            x = layer(x, valid, context, positions)
+            if self.checkpointing and torch.is_grad_enabled():
+                contexts = functools.partial(_once_and_again, layer)
+                x = checkpoint(
+                    layer, x, valid, context, positions, use_reentrant=False, context_fn=contexts
+                )
+            else:
+                x = layer(x, valid, context, positions)
         return x, lengths
+
+
+def _once_and_again(layer):
+    """Contexts of a checkpointed layer: its computation, and the one repeated for the gradient,
+    which must not count the batch in BatchNorm's statistics a second time."""
+
+    @contextmanager
+    def again():
+        before = [buffer.clone() for buffer in layer.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, value in zip(layer.buffers(), before):
+                buffer.copy_(value)
+
+    return nullcontext(), again()
 
 
 def _within(context: tuple[int, int], size: int, device) -> torch.Tensor:

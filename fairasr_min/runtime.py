@@ -125,7 +125,10 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
         code, message = 2, str(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error).split("\n")[0][:200] or "the system gives no more"
-        code, message = 2, f"out of memory ({reason}); try a smaller --batch_size or --max_seconds"
+        less = (
+            "a smaller --batch_size or --max_seconds, in training also --activation_checkpointing"
+        )
+        code, message = 2, f"out of memory ({reason}); try {less}"
     except KeyboardInterrupt:  # outside of a loop that saves
         print("interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT

@@ -160,6 +160,34 @@ def test_subsampling_is_pytorchs_convolutions(factor, precision, of_features):
         assert one.shape == other.shape and torch.allclose(one, other, atol=close, rtol=close)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_changes_nothing_but_what_is_kept(precision):
+    config = replace(SMALL, n_layers=3, dropout=0.1, dropout_att=0.1)
+    x, lengths = torch.randn(2, 60, 80), torch.tensor([60, 41])
+    results, kept = [], []
+
+    def count(tensor):
+        kept[-1] += tensor.nelement()
+        return tensor
+
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        encoder = Conformer(config)
+        encoder.checkpointing = checkpointing
+        kept.append(0)
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), hooks:
+            y, _ = encoder(x, lengths)
+        y.float().square().sum().backward()
+        after = torch.rand(3)  # the random numbers that follow are the same, too
+        gradients = [p.grad for p in encoder.parameters()]
+        results.append([y, after, *gradients, *encoder.buffers()])
+        seen = encoder.layers[0].conv.batch_norm.num_batches_tracked
+        assert seen == 1
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_linear_without_a_gradient_takes_tensors_however_they_lie_in_memory(dtype):
     torch.manual_seed(0)

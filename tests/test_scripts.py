@@ -214,7 +214,9 @@ def test_stage_1_stopped_in_the_middle_of_an_epoch_goes_on_bitwise(
         "--precision", precision, "--num_workers", workers,
     ]  # fmt: skip
     run(*command, "--out", tmp_path / "whole")
-    run(*command, "--out", tmp_path / "parts", "--max_steps", 5)
+    # which gives the same numbers, and so may come and go
+    first = ["--max_steps", 5, "--activation_checkpointing"]
+    run(*command, "--out", tmp_path / "parts", *first)
     run(*command, "--out", tmp_path / "parts")
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
