@@ -383,11 +383,17 @@ class _Attention(torch.autograd.Function):
     """softmax(q k^T + shifted(q p^T)), dropout, times values. The gradient is by hand: of all the
     (N, N) matrices only the weights are kept, and a byte each for dropout.
 
-    ROWS queries at a time: the positions that these need are N + ROWS of the 2N, and what is
+    Some rows (queries) at a time: the positions that these need are N + rows of the 2N, and what is
     not kept stays small, however long the audio.
     """
 
-    ROWS = 128
+    BYTES = 512  # of a column of as many rows: 128 in float32, 256 in bfloat16
+
+    @staticmethod
+    def row_slices(x):
+        """(..., N, d) -> slices of N, each of so many rows."""
+        n, rows = x.shape[-2], _Attention.BYTES // x.element_size()
+        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
     @staticmethod
     def forward(ctx, qkv, p, padding, context, dropout):
@@ -398,9 +404,8 @@ class _Attention(torch.autograd.Function):
         qkv[1, ..., d + 1] += padding
         q, keys, values = qkv.flatten(1, 2)  # (H B, N, d + 4)
         out, type_ = qkv.new_empty(b, n, h, d), torch.promote_types(qkv.dtype, torch.float32)
-        for start in range(0, n, _Attention.ROWS):
-            rows = slice(start, min(start + _Attention.ROWS, n))
-            near = slice(n - rows.stop, 2 * n - start)  # the positions of these rows, and one
+        for rows in _Attention.row_slices(qkv):
+            near = slice(n - rows.stop, 2 * n - rows.start)  # the positions of these rows, and one
             scores = torch.bmm(qkv[0, :, :, rows].flatten(1, 2), p[:, near].transpose(1, 2))
             scores = by_key(scores.unflatten(1, (b, -1))).flatten(0, 1)
             scores = torch.baddbmm(scores, q[:, rows], keys.transpose(1, 2))  # (H B, R, N)
@@ -428,9 +433,8 @@ class _Attention(torch.autograd.Function):
         d_y = F.pad(d_y, (0, 4)).flatten(0, 1)  # (H B, N, d + 4)
         d_qkv, d_p = torch.empty_like(qkv), torch.zeros_like(p)
         d_q, d_k, d_v = d_qkv.flatten(1, 2)
-        for start, weights, draws in zip(range(0, n, _Attention.ROWS), blocks[::2], blocks[1::2]):
-            rows = slice(start, min(start + _Attention.ROWS, n))
-            near = slice(n - rows.stop, 2 * n - start)
+        for rows, weights, draws in zip(_Attention.row_slices(qkv), blocks[::2], blocks[1::2]):
+            near = slice(n - rows.stop, 2 * n - rows.start)
             d_scores, kept = torch.bmm(d_y[:, rows], values.transpose(1, 2)), weights
             if draws is not None:
                 ones = ones_to_keep(draws, ctx.dropout, weights.dtype)  # for two
@@ -443,7 +447,7 @@ class _Attention(torch.autograd.Function):
             d_rows = torch.bmm(d_scores, keys).view(h, -1, wide)
             d_q[:, rows] = torch.baddbmm(d_rows, shifted, p[:, near]).view(h * b, -1, wide)
             d_p[:, near] += torch.bmm(shifted.transpose(1, 2), qkv[0, :, :, rows].flatten(1, 2))
-            again = int(start > 0)  # the first block overwrites what was not initialised
+            again = int(rows.start > 0)  # the first block overwrites what was not initialised
             torch.baddbmm(d_v, kept.transpose(1, 2), d_y[:, rows], beta=again, out=d_v)
             torch.baddbmm(d_k, d_scores.transpose(1, 2), q[:, rows], beta=again, out=d_k)
         return d_qkv, d_p, None, None, None

@@ -52,7 +52,7 @@ def test_by_key_takes_the_score_of_the_relative_position(rows, n):
 
 @pytest.mark.parametrize("rows", [1, 2, 128])  # queries at a time
 def test_attention_is_the_double_loop(monkeypatch, rows):
-    monkeypatch.setattr(conformer._Attention, "ROWS", rows)
+    monkeypatch.setattr(conformer._Attention, "BYTES", 4 * rows)
     torch.manual_seed(0)
     b, t, d, heads = 2, 5, 12, 3
     attention = RelativeAttention(d, heads, dropout=0.0)
@@ -85,7 +85,7 @@ def test_attention_is_the_double_loop(monkeypatch, rows):
 def test_the_gradient_of_attention_is_that_of_finite_differences(
     monkeypatch, rows, limited, dropout
 ):
-    monkeypatch.setattr(conformer._Attention, "ROWS", rows)
+    monkeypatch.setattr(conformer._Attention, "BYTES", 8 * rows)
     torch.manual_seed(0)
     attention = RelativeAttention(4, 2, dropout, bias=not limited).double()
     torch.nn.init.normal_(attention.pos_bias_u)
