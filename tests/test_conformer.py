@@ -160,6 +160,38 @@ def test_subsampling_is_pytorchs_convolutions(factor, precision, of_features):
         assert one.shape == other.shape and torch.allclose(one, other, atol=close, rtol=close)
 
 
+def test_random_bytes_are_splitmix64():
+    def splitmix64(state):  # the published algorithm, on Python's integers
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        return state ^ (state >> 31)
+
+    gamma = 0x9E3779B97F4A7C15
+    assert splitmix64(gamma) == 0xE220A8397B1DCDAF  # its first number from seed 0
+    torch.manual_seed(3)
+    drawn = conformer.random_bytes((5, 7), torch.device("cpu"))
+    torch.manual_seed(3)
+    start = int(torch.randint(2**62, ()))
+    words = [splitmix64((start + i) * gamma % 2**64) for i in range(5)]
+    expected = np.array(words, dtype="<u8").view(np.uint8)[:35]
+    assert drawn.shape == (5, 7) and np.array_equal(drawn.flatten(), expected)
+
+
+def test_random_bytes_are_uniform_and_independent():
+    torch.manual_seed(0)
+    one, other = (conformer.random_bytes((2**20,), torch.device("cpu")).long() for _ in range(2))
+    pairs = {"bytes": one, "neighbours": one[:-1] * 256 + one[1:], "calls": one * 256 + other}
+    pairs |= {f"words, {k} apart": one[: -8 * k] * 256 + one[8 * k :] for k in (1, 2, 176)}
+    for name, values in pairs.items():
+        cells = 256 if name == "bytes" else 65536
+        expected = len(values) / cells
+        chi2 = ((torch.bincount(values, minlength=cells) - expected) ** 2 / expected).sum()
+        deviations = (chi2 - (cells - 1)) / (2 * (cells - 1)) ** 0.5
+        assert abs(deviations) < 4, name
+    by_place = torch.bincount(one + 256 * torch.arange(len(one)).remainder(8)).view(8, 256)
+    assert ((by_place - 512).abs() < 6 * 512**0.5).all()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activation_checkpointing_changes_nothing_but_what_is_kept(precision):
     config = replace(SMALL, n_layers=3, dropout=0.1, dropout_att=0.1)
