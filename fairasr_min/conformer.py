@@ -304,14 +304,14 @@ class _TwoConvs(torch.autograd.Function):
         by_patches = x.dtype == torch.float32  # for which oneDNN takes up to five times as long
         if not by_patches:
             d_w2 = gradients(d_y, x, False, True)[1]
-        for d_one, one, ins in zip(d_y.split(1), x.split(1), seen):
+        for d_one, one, seen_one in zip(d_y.split(1), x.split(1), seen):
             d_x = gradients(d_one, one, True, False)[0]
             d_x = torch.ops.aten.threshold_backward(d_x, one, 0)
-            d_w1 += transposed_product(rows(d_x), ins.flatten(0, 1))
+            d_w1 += transposed_product(rows(d_x), seen_one.flatten(0, 1))
             if by_patches:
-                outs = F.pad(one[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T' + 2, F' + 2, C)
-                outs = outs.unfold(0, 3, 2).unfold(1, 3, 2).permute(0, 1, 3, 4, 2).flatten(2)
-                product = transposed_product(rows(d_one), outs.flatten(0, 1))  # (C2, 9 C)
+                near = F.pad(one[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T' + 2, F' + 2, C)
+                near = near.unfold(0, 3, 2).unfold(1, 3, 2).permute(0, 1, 3, 4, 2).flatten(2)
+                product = transposed_product(rows(d_one), near.flatten(0, 1))  # (C2, 9 C)
                 d_w2 += product.unflatten(1, (3, 3, -1)).movedim(3, 1)
         return None, d_w1, d_w2, d_y.sum((0, 2, 3))
 
