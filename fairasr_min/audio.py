@@ -53,14 +53,15 @@ def read_audio(path: str | Path, offset: float = 0.0, seconds: float | None = No
 
 
 def decode_audio(path: str | Path, offset: float = 0.0, seconds: float | None = None):
-    """The first half of read_audio: -> sample rate, mono float32 samples (S,). The decoders run
-    outside of Python's lock, so that several threads can do this at once."""
+    """The first half of read_audio: -> sample rate in Hz, mono float32 samples (S,) at that rate.
+    The decoders run outside of Python's lock: several threads can do this at once. Raises
+    AudioError as read_audio does."""
     rates, blocks = zip(*_blocks(path, offset, seconds))
     return rates[0], np.concatenate(blocks)
 
 
 def at_16_khz(rate: int, samples: np.ndarray) -> torch.Tensor:
-    """The second half of read_audio."""
+    """The second half of read_audio: rate in Hz, samples (S,) -> waveform (S',) at 16 kHz."""
     waveform = torch.from_numpy(samples)
     if rate != SAMPLE_RATE:
         waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
