@@ -102,7 +102,7 @@ def arguments() -> argparse.ArgumentParser:
         help="of matrix products; loss and features stay fp32 (%(default)s)")
     add("--activation_checkpointing", action="store_true",
         help="keep each encoder layer's input only, and compute the rest again for the gradient: "
-             "less memory for long clips or large models, a third more time")
+             "less memory for long clips or large models, about a third more time")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: a GPU if there is one (%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N",
