@@ -5,6 +5,7 @@ Sizes are those of stt_en_conformer_ctc_small: 13.15 million parameters with 1,0
 """
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fairasr_min import losses, runtime  # noqa: E402
 from fairasr_min.conformer import SIZES  # noqa: E402
+from fairasr_min.layers import weights_held  # noqa: E402
 from fairasr_min.model import ConformerCTC, FairASR  # noqa: E402
 
 
@@ -21,19 +23,28 @@ class FairASRPeer:
         self.ctc = ConformerCTC(config, vocab_size=1024)
         self.stage1 = FairASR(config, n_adversaries=1, independent_space=False)
         self.stage1.encoder = self.ctc.encoder  # one encoder, as the peers have one
+        self.holding = None  # the weights, from batch to batch of an evaluation
 
     def params(self):
         return sum(p.numel() for p in self.ctc.parameters())
 
     def fwd(self, waveforms, n_samples):
-        """(B, S), (B,) -> log_probs (B, T', V+1), lengths; eval mode."""
+        """(B, S), (B,) -> log_probs (B, T', V+1), lengths; eval mode, as decode.py does it."""
         self.ctc.eval()
+        if not self.holding:
+            self.holding = ExitStack()
+            self.holding.enter_context(weights_held())
         with torch.inference_mode():
             return self.ctc(waveforms, n_samples)
 
+    def begin_step(self, model):
+        if self.holding:
+            self.holding = self.holding.close()  # None: the weights may change
+        model.train().zero_grad(set_to_none=True)
+
     def train(self, waveforms, n_samples, targets, target_lengths):
         """-> CTC loss, a mean over the batch, in train mode with dropout and without masks."""
-        self.ctc.train().zero_grad(set_to_none=True)
+        self.begin_step(self.ctc)
         log_probs, lengths = self.ctc(waveforms, n_samples)
         return losses.ctc_loss(log_probs, lengths, targets, target_lengths).mean()
 
@@ -43,7 +54,7 @@ class FairASRPeer:
     def simclr(self, mel, masked, n_frames, labels):
         """mel, masked (B, F, T) -> loss of stage 1 with the original's choices: one head for both
         losses, projections of FSC not normalised, weight 0.1."""
-        self.stage1.train().zero_grad(set_to_none=True)
+        self.begin_step(self.stage1)
         views = torch.cat([mel, masked]).transpose(1, 2)
         z, (reversed_z,) = self.stage1(views, n_frames.repeat(2))
         z, reversed_z = z.float(), reversed_z.float()

@@ -26,8 +26,8 @@ from speed import arguments, launch, prepare, worker, write_json
 from torch import nn
 
 from fairasr_min import runtime
-from fairasr_min.audio import length_mask
 from fairasr_min.conformer import encoder_frames
+from fairasr_min.layers import length_mask
 
 
 class Subsampling(nn.Module):

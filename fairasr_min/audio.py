@@ -14,6 +14,8 @@ import torch.nn.functional as F
 import torchaudio.functional
 from torch import nn
 
+from fairasr_min.layers import length_mask, linear
+
 SAMPLE_RATE = 16_000
 WINDOW = 400  # 25 ms
 HOP = 160  # 10 ms
@@ -202,7 +204,7 @@ class LogMel(nn.Module):
         power = squares[..., 0] + squares[..., 1]
         if self.mag_power != 2:
             power = power.pow(self.mag_power / 2)
-        x = F.linear(power.transpose(1, 2), self.mel)
+        x = linear(power.transpose(1, 2), self.mel)
         if not self.log:
             return x
         clamp = self.log_guard_type == "clamp"
@@ -252,8 +254,3 @@ def _bands(width, start, limit, size):
     position = torch.arange(size, device=width.device)[None, None, :]
     inside = (position >= first[:, :, None]) & (position < (first + width)[:, :, None])
     return inside.any(dim=1)
-
-
-def length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
-    """(B,) -> (B, size) bool, true where an utterance has content and false on its padding."""
-    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]

@@ -18,6 +18,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fairasr_min.layers import (
+    Dropout,
+    LayerNorm,
+    Linear,
+    dropout_mask,
+    kept,
+    kept_scale,
+    length_mask,
+    linear,
+    once,
+    product_type,
+    transposed_product,
+)
+
 
 @dataclass(frozen=True)
 class ConformerConfig:
@@ -72,146 +86,6 @@ def encoder_frames(n_frames, factor: int = 4):
     return n_frames
 
 
-def _valid(lengths: torch.Tensor, size: int) -> torch.Tensor:
-    """(B,) -> (B, size) bool, false on padding. (audio.length_mask; this file imports nothing.)"""
-    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
-
-
-class Linear(nn.Linear):
-    """nn.Linear by linear()."""
-
-    def forward(self, x):
-        """(..., D) -> (..., D2)."""
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x, weight, bias=None, then: str = "none"):
-    """F.linear: (..., D), (D2, D), (D2,) -> (..., D2), then "swish" or "relu" of it. On a CPU by
-    oneDNN, which adds the bias (and without a gradient takes what follows) on the way, by the
-    operator that torch.compile would call; and in float32 uses the whole vector width of the
-    machine. PyTorch's own way there is MKL, which takes half of it where Intel did not build the
-    CPU, and twice the time."""
-    dtype = _product_type(x)
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and _onednn_takes(dtype):
-        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-        if bias is not None:
-            bias = bias.contiguous()  # it takes the numbers as they lie in memory
-        if dtype == torch.float32:
-            weight = weight.t().contiguous().t()  # the layout that it is fastest with
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
-    if _by_convolution(x):
-        # which oneDNN computes, too, and PyTorch has a gradient for; a kernel of 1 has nothing to
-        # dilate: it only keeps PyTorch from its own loops on one thread
-        y = F.conv2d(_image(x), weight[:, :, None, None], bias, dilation=2)
-        y = y.permute(0, 2, 3, 1).view(*x.shape[:-1], len(weight))
-    else:
-        y = F.linear(x, weight, bias)
-    if then == "swish":
-        return F.silu(y)
-    return F.relu_(y) if then == "relu" else y
-
-
-def _product_type(x) -> torch.dtype:
-    """What products of x are computed in, autocast or not."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-@functools.cache
-def _onednn_takes(dtype) -> bool:
-    """Does oneDNN multiply in this type on this machine?"""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
-
-
-def transposed_product(y, x):
-    """The weight gradient of linear(): (..., D2), (..., D) -> y^T x (D2, D)."""
-    if not _by_convolution(x):
-        return y.flatten(0, -2).t() @ x.flatten(0, -2)
-    shape = (y.shape[-1], x.shape[-1], 1, 1)
-    return nn.grad.conv2d_weight(_image(x), shape, _image(y), dilation=2)[:, :, 0, 0]
-
-
-def _by_convolution(x) -> bool:
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # oneDNN, in bfloat16
-        return False
-    return x.dtype == torch.float32 and _onednn_takes(x.dtype)
-
-
-def _image(x):
-    """(..., D) -> (1, D, N, 1), channels last: what a convolution of kernel 1 takes for N rows."""
-    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout, on a CPU from one random byte an element: drawn eight at a time, a tenth of the
-    cost of PyTorch's. p is rounded to 1/256, and the scale follows."""
-
-    def forward(self, x, residual=None, share: float = 1.0):
-        """residual (0 without one) + share * dropout(x)."""
-        if residual is None and not (self.training and self.p):
-            return x
-        residual = x.new_zeros(()) if residual is None else residual
-        if not (self.training and self.p):
-            return torch.add(residual, x, alpha=share)
-        if x.device.type != "cpu":
-            return torch.add(residual, super().forward(x), alpha=share)
-        return _AddDropped.apply(residual, x, self.p, share * kept_scale(self.p))
-
-
-class _AddDropped(torch.autograd.Function):
-    """residual + scale * what dropout keeps of x; remembers the draws, a byte an element."""
-
-    @staticmethod
-    def forward(ctx, residual, x, p, scale):
-        draws, ctx.p, ctx.scale = random_bytes(x.shape, x.device), p, scale
-        ctx.save_for_backward(draws)
-        return torch.add(residual, keep_(ones_to_keep(draws, p, x.dtype), x), alpha=scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ones = ones_to_keep(*ctx.saved_tensors, ctx.p, grad.dtype)
-        return grad, keep_(ones, grad).mul_(ctx.scale), None, None
-
-
-def random_bytes(shape, device) -> torch.Tensor:
-    """Uniform uint8, from torch's generator; on a CPU by SplitMix64 (Steele et al., Fast splittable
-    pseudorandom number generators, 2014) from a number of its: by all threads instead of one."""
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.uint8, device=device).random_()
-    size, start = math.prod(shape), int(torch.randint(2**62, ()))
-    x = torch.arange(start, start + size // 8 + 1).mul_(0x9E3779B97F4A7C15 - 2**64)
-
-    def shifted(bits):
-        return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)  # >> repeats the sign
-
-    x.bitwise_xor_(shifted(30)).mul_(0xBF58476D1CE4E5B9 - 2**64)
-    x.bitwise_xor_(shifted(27)).mul_(0x94D049BB133111EB - 2**64)
-    x.bitwise_xor_(shifted(31))
-    return x.view(torch.uint8)[:size].view(shape)
-
-
-def ones_to_keep(draws, p: float, dtype) -> torch.Tensor:
-    """1, but 0 where the draws are the fraction p of the lowest: integers of the width of dtype."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    return torch.ge(draws, round(256 * p), out=draws.new_empty(draws.shape, dtype=bits))
-
-
-def keep_(ones, x) -> torch.Tensor:
-    """x where there is a 1, else 0; overwrites the ones. By its bits: loops over integers are three
-    times as fast as those over bfloat16, and over bools slower than either."""
-    return ones.mul_(x.view(ones.dtype)).view(x.dtype)
-
-
-def kept_scale(p: float) -> float:
-    """Makes up for what dropout takes away."""
-    return 256 / max(1, 256 - round(256 * p))
-
-
 class Subsampling(nn.Module):
     """Strided convolutions over time and frequency, each halving both: 10 ms frames to 40 ms."""
 
@@ -232,12 +106,11 @@ class Subsampling(nn.Module):
 
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T', D), (B,)."""
-        seen = patches((x * _valid(lengths, x.shape[1])[:, :, None]).to(_product_type(x)))
+        seen = patches((x * length_mask(lengths, x.shape[1])[:, :, None]).to(product_type(x)))
         lengths, (first, _, *others) = _halved(lengths), self.conv
-        seen.mul_(_valid(lengths, seen.shape[1])[:, :, None, None])  # so that padding stays 0
+        seen.mul_(length_mask(lengths, seen.shape[1])[:, :, None, None])  # so that padding stays 0
         # the first convolution as a product: a third of the time that one of one channel takes
-        weight = torch.cat([first.weight.flatten(1), first.bias[:, None]], 1)
-        weight = F.pad(weight, (0, seen.shape[-1] - weight.shape[1]))
+        weight = once(_with_bias, first.weight, first.bias, seen.shape[-1])
         dense = others and others[0].groups == 1
         if dense and x.device.type == "cpu" and not seen.requires_grad:
             second, *others = others
@@ -251,7 +124,7 @@ class Subsampling(nn.Module):
                 # behind the shortest utterance, if to know it is not to wait for a GPU; without a
                 # gradient: where the ReLU is given 0, it passes none on.
                 shortest = int(lengths.min()) if x.device.type == "cpu" else 0
-                mask = _valid(lengths, x.shape[2])[:, None, shortest:, None].to(x.dtype)
+                mask = length_mask(lengths, x.shape[2])[:, None, shortest:, None].to(x.dtype)
                 with torch.no_grad():
                     x[:, :, shortest:].mul_(mask)
                 x = layer(x)
@@ -259,8 +132,19 @@ class Subsampling(nn.Module):
                 x = layer(x)
                 lengths = _halved(lengths) if layer.stride == (2, 2) else lengths
         # (B, C, T', F') lies in memory as (B, T', F', C): reorder the small weight, not x
-        weight = self.out.weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
+        weight = once(_channels_last, self.out.weight, x.shape[1])
         return linear(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias), lengths
+
+
+def _with_bias(weight, bias, width: int):
+    """(C, ...), (C,) -> (C, width): the weight, the bias, zeros."""
+    weight = torch.cat([weight.flatten(1), bias[:, None]], 1)
+    return F.pad(weight, (0, width - weight.shape[1]))
+
+
+def _channels_last(weight, channels: int):
+    """(D, C F') -> (D, F' C)."""
+    return weight.unflatten(1, (channels, -1)).transpose(1, 2).flatten(1)
 
 
 def patches(x) -> torch.Tensor:
@@ -348,7 +232,7 @@ class RelativeAttention(nn.Module):
         """(B, N, D), (B, N) bool, None or (N, N) bool: the keys that a query may see, (2N, D)
         -> (B, N, D)."""
         h, dropout = self.n_heads, self.dropout if self.training else 0.0
-        weight, bias, weight_p = self.extended(dropout)
+        weight, bias, weight_p = once(self.extended, dropout)
         qkv = linear(x, weight, bias).view(*x.shape[:2], 3, h, -1).permute(2, 3, 0, 1, 4)
         p = linear(positions, weight_p).view(len(positions), h, -1).transpose(0, 1)
         # Finite masks: a row without any key stays a number, and exp(-1e4) is 0 all the same.
@@ -367,7 +251,8 @@ class RelativeAttention(nn.Module):
         scaled by d^-1/2, the values by what makes up for dropout.
         """
         h, d = self.pos_bias_u.shape
-        u, v_p = (bias[:, :, None] * d**-0.5 for bias in (self.pos_bias_u, self.pos_bias_v))
+        scale = d**-0.5
+        u, v_p = (bias[:, :, None] * scale for bias in (self.pos_bias_u, self.pos_bias_v))
         three = (self.linear_q, self.linear_k, self.linear_v)
         weight = torch.cat([one.weight for one in three])
         no_bias = three[0].bias is None
@@ -376,7 +261,7 @@ class RelativeAttention(nn.Module):
         q, k, v = torch.cat([weight, bias[:, None]], 1).view(3, h, d, -1)
         zeros = q.new_zeros(h, 4, q.shape[-1])
         ones = F.pad(zeros[..., 1:], (0, 1), value=1.0)  # as biases
-        q = torch.cat([q * d**-0.5, ones], 1)
+        q = torch.cat([q * scale, ones], 1)
         k = torch.cat([k, (u * k).sum(1, keepdim=True), zeros[:, 1:]], 1)
         v = torch.cat([v * kept_scale(dropout), zeros], 1)
         both = torch.cat([q, k, v]).flatten(0, 1)
@@ -388,7 +273,7 @@ class RelativeAttention(nn.Module):
 
 class _Attention(torch.autograd.Function):
     """softmax(q k^T + shifted(q p^T)), dropout, times values. The gradient is by hand: of all the
-    (N, N) matrices only the weights are kept, and a byte each for dropout.
+    (N, N) matrices only the weights are kept.
 
     Some rows (queries) at a time: the positions that these need are N + rows of the 2N, and what is
     not kept stays small, however long the audio.
@@ -419,15 +304,12 @@ class _Attention(torch.autograd.Function):
             if context is not None:
                 scores += context[rows]
             weights = torch.softmax(scores, -1, dtype=type_).to(qkv.dtype)
-            draws, kept = None, weights
-            if dropout:
-                draws = random_bytes(weights.shape, weights.device)
-                kept = keep_(ones_to_keep(draws, dropout, weights.dtype), weights)
-            y = torch.bmm(kept, values).view(h, b, -1, wide)[..., :d]
+            mask = dropout_mask(weights.shape, dropout, weights) if dropout else None
+            left = kept(weights, mask) if dropout else weights
+            y = torch.bmm(left, values).view(h, b, -1, wide)[..., :d]
             out[:, rows] = y.permute(1, 2, 0, 3)
             if ctx.needs_input_grad[0]:
-                blocks += [weights, draws]
-        ctx.dropout = dropout
+                blocks += [weights, mask]
         ctx.save_for_backward(qkv, p, *blocks)
         return out.flatten(2)
 
@@ -440,13 +322,11 @@ class _Attention(torch.autograd.Function):
         d_y = F.pad(d_y, (0, 4)).flatten(0, 1)  # (H B, N, d + 4)
         d_qkv, d_p = torch.empty_like(qkv), torch.zeros_like(p)
         d_q, d_k, d_v = d_qkv.flatten(1, 2)
-        for rows, weights, draws in zip(_Attention.row_slices(qkv), blocks[::2], blocks[1::2]):
+        for rows, weights, mask in zip(_Attention.row_slices(qkv), blocks[::2], blocks[1::2]):
             near = slice(n - rows.stop, 2 * n - rows.start)
-            d_scores, kept = torch.bmm(d_y[:, rows], values.transpose(1, 2)), weights
-            if draws is not None:
-                ones = ones_to_keep(draws, ctx.dropout, weights.dtype)  # for two
-                d_scores.view(ones.dtype).mul_(ones)
-                kept = keep_(ones, weights)
+            d_scores, left = torch.bmm(d_y[:, rows], values.transpose(1, 2)), weights
+            if mask is not None:
+                d_scores, left = kept(d_scores, mask), kept(weights, mask)
             d_scores = torch._softmax_backward_data(d_scores, weights, -1, weights.dtype)
             shifted = d_scores.new_zeros(h, b, d_scores.shape[1], near.stop - near.start)
             by_key(shifted).copy_(d_scores.view(h, b, -1, n))
@@ -455,7 +335,7 @@ class _Attention(torch.autograd.Function):
             d_q[:, rows] = torch.baddbmm(d_rows, shifted, p[:, near]).view(h * b, -1, wide)
             d_p[:, near] += torch.bmm(shifted.transpose(1, 2), qkv[0, :, :, rows].flatten(1, 2))
             again = int(rows.start > 0)  # the first block overwrites what was not initialised
-            torch.baddbmm(d_v, kept.transpose(1, 2), d_y[:, rows], beta=again, out=d_v)
+            torch.baddbmm(d_v, left.transpose(1, 2), d_y[:, rows], beta=again, out=d_v)
             torch.baddbmm(d_k, d_scores.transpose(1, 2), q[:, rows], beta=again, out=d_k)
         return d_qkv, d_p, None, None, None
 
@@ -482,8 +362,8 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         """(B, T', D), (B, T', 1) of 0 and 1 -> (B, T', D). Evaluation uses the running
         statistics."""
         if not self.training:
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            return torch.addcmul(self.bias - self.running_mean * scale, x, scale).to(x.dtype)
+            scale, shift = once(self.scale_and_shift)
+            return torch.addcmul(shift, x, scale).to(x.dtype)
         y, mean, variance, count = _BatchNorm.apply(x, valid, self.weight, self.bias, self.eps)
         with torch.no_grad():
             unbiased = variance * count / (count - 1).clamp(min=1)
@@ -491,6 +371,11 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             self.running_var.lerp_(unbiased, self.momentum)
             self.num_batches_tracked += 1
         return y
+
+    def scale_and_shift(self):
+        """What evaluation multiplies by and adds, (D,) each."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -529,7 +414,7 @@ def _over_processes(x):
     return x
 
 
-class FrameLayerNorm(nn.LayerNorm):
+class FrameLayerNorm(LayerNorm):
     """LayerNorm of each frame, in the place of MaskedBatchNorm."""
 
     def forward(self, x, valid):
@@ -558,10 +443,10 @@ class Convolution(nn.Module):
         """(B, T', D), (B, T') bool -> (B, T', D)."""
         first, depthwise, last = self.pointwise_conv1, self.depthwise_conv, self.pointwise_conv2
         valid = valid[:, :, None].float()
-        x = linear(x, first.weight.squeeze(2), first.bias)
+        x = linear(x, once(torch.squeeze, first.weight, 2), first.bias)
         y = _GatedConvolution.apply(x, valid, depthwise.weight, depthwise.bias)
         y = F.silu(self.batch_norm(y, valid).to(x.dtype))
-        return linear(y, last.weight.squeeze(2), last.bias)
+        return linear(y, once(torch.squeeze, last.weight, 2), last.bias)
 
 
 class _GatedConvolution(torch.autograd.Function):
@@ -622,35 +507,30 @@ class FeedForward(nn.Module):
         if not p and not torch.is_grad_enabled():
             return self.linear2(linear(x, self.linear1.weight, self.linear1.bias, "swish"))
         tensors = x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
-        dtype = _product_type(x)  # for both directions at once
+        dtype = product_type(x)  # for both directions at once
         tensors = (None if t is None else t.to(dtype) for t in tensors)
         return _FeedForward.apply(*tensors, p)
 
 
 class _FeedForward(torch.autograd.Function):
     """linear2(dropout(silu(linear1(x)))), which keeps of its three wide tensors one: the others are
-    cheaper to compute again than to keep. What dropout drops is sent to where Swish and its
-    gradient are 0, before them: then nothing else has to be dropped again. Its scale is in w2."""
-
-    FAR = 1e4
+    cheaper to compute again than to keep. Dropout's scale is in w2."""
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, p):
         ctx.bias, ctx.scale, h = b1 is not None, kept_scale(p), linear(x, w1, b1)
+        mask = dropout_mask(h.shape, p, h) if p else None
         if p:
-            draws = random_bytes(h.shape, h.device)
-            dropped = torch.lt(draws, round(256 * p), out=torch.empty_like(h))  # 1 or 0
-            h.sub_(dropped, alpha=_FeedForward.FAR)
-            w2 = w2 * ctx.scale
-        ctx.save_for_backward(x, w1, w2, h)
+            h, w2 = kept(h, mask), w2 * ctx.scale  # silu(0) is 0
+        ctx.save_for_backward(x, w1, w2, h, mask)
         return linear(F.silu(h), w2, b2)
 
     @staticmethod
     def backward(ctx, d_out):
-        x, w1, w2, h = ctx.saved_tensors
-        y, d_h = F.silu(h), linear(d_out, w2.t())
-        d_w2 = transposed_product(d_out, y).mul_(ctx.scale)
-        d_h = torch.ops.aten.silu_backward(d_h, h)
+        x, w1, w2, h, mask = ctx.saved_tensors
+        d_w2 = transposed_product(d_out, F.silu(h)).mul_(ctx.scale)
+        d_h = torch.ops.aten.silu_backward(linear(d_out, w2.t()), h)
+        d_h = d_h if mask is None else kept(d_h, mask)
         d_b1, d_b2 = (d.sum((0, 1)) if ctx.bias else None for d in (d_h, d_out))
         return linear(d_h, w1.t()), transposed_product(d_h, x), d_b1, d_w2, d_b2, None
 
@@ -662,15 +542,15 @@ class ConformerLayer(nn.Module):
         super().__init__()
         d, bias = config.d_model, config.use_bias
         inner = d * config.ff_expansion
-        self.norm_feed_forward1 = nn.LayerNorm(d)
+        self.norm_feed_forward1 = LayerNorm(d)
         self.feed_forward1 = FeedForward(d, inner, config.dropout, bias)
-        self.norm_self_att = nn.LayerNorm(d)
+        self.norm_self_att = LayerNorm(d)
         self.self_attn = RelativeAttention(d, config.n_heads, config.dropout_att, bias)
-        self.norm_conv = nn.LayerNorm(d)
+        self.norm_conv = LayerNorm(d)
         self.conv = Convolution(d, config.conv_kernel, config.conv_norm, bias)
-        self.norm_feed_forward2 = nn.LayerNorm(d)
+        self.norm_feed_forward2 = LayerNorm(d)
         self.feed_forward2 = FeedForward(d, inner, config.dropout, bias)
-        self.norm_out = nn.LayerNorm(d)
+        self.norm_out = LayerNorm(d)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, valid, context, positions):
@@ -703,7 +583,7 @@ class Conformer(nn.Module):
         x, lengths = self.pre_encode(features, n_frames)
         x = self.dropout(x * math.sqrt(self.config.d_model) if self.config.xscaling else x)
         positions = self.dropout_emb(relative_positions(x.shape[1], x.shape[2], x.device))
-        valid = _valid(lengths, x.shape[1])
+        valid = length_mask(lengths, x.shape[1])
         context = None  # a query may see all keys but padding
         if self.config.att_context != (-1, -1):
             context = _within(self.config.att_context, x.shape[1], x.device)

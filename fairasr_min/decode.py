@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fairasr_min.audio import AudioError
 from fairasr_min.data import SpeechDataset, Utterance, collate, leave_signals
+from fairasr_min.layers import weights_held
 from fairasr_min.model import LONGEST
 from fairasr_min.runtime import World, autocast
 
@@ -76,11 +77,12 @@ def encode_corpus(
     )
     quiet = not (world.main and sys.stderr.isatty())
     results, error = {}, None
-    for batch in tqdm(loader, name, unit=" batches", leave=False, disable=quiet):
-        if isinstance(batch, AudioError):
-            error = str(batch)
-            break
-        results.update(zip(batch.index, encode(batch.waveforms, batch.n_samples)))
+    with weights_held():
+        for batch in tqdm(loader, name, unit=" batches", leave=False, disable=quiet):
+            if isinstance(batch, AudioError):
+                error = str(batch)
+                break
+            results.update(zip(batch.index, encode(batch.waveforms, batch.n_samples)))
 
     shares = [(results, error)]
     if world.size > 1:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairasr_min.audio import HOP, SAMPLE_RATE, LogMel, length_mask
-from fairasr_min.conformer import SIZES, Conformer, ConformerConfig, Linear, encoder_frames
+from fairasr_min.audio import HOP, SAMPLE_RATE, LogMel
+from fairasr_min.conformer import SIZES, Conformer, ConformerConfig, encoder_frames
+from fairasr_min.layers import Linear, length_mask
 from fairasr_min.losses import grad_reverse
 from fairasr_min.text import Tokenizer, ctc_collapse
 

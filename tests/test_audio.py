@@ -15,7 +15,6 @@ from fairasr_min.audio import (
     LogMel,
     SpecAugment,
     audio_seconds,
-    length_mask,
     loudest_sample,
     read_audio,
 )
@@ -156,11 +155,6 @@ def test_features_stay_float32_under_autocast():
 def test_a_state_dict_carries_the_front_end():
     assert set(LogMel().state_dict()) == {"mel", "window"}
     assert not list(LogMel().parameters())
-
-
-def test_length_mask():
-    expected = [[n > t for t in range(4)] for n in (0, 2, 4, 9)]
-    assert length_mask(torch.tensor([0, 2, 4, 9]), 4).tolist() == expected
 
 
 # ---- reading audio -------------------------------------------------------------------------------

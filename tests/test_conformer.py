@@ -1,6 +1,5 @@
 """The encoder and the two models: against double loops, and the laws (NeMo: test_nemo.py)."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -8,14 +7,11 @@ import pytest
 import torch
 
 from fairasr_min import conformer
-from fairasr_min.audio import length_mask
 from fairasr_min.conformer import (
     SIZES,
     Conformer,
     ConformerConfig,
-    Dropout,
     FeedForward,
-    Linear,
     MaskedBatchNorm,
     RelativeAttention,
     Subsampling,
@@ -23,6 +19,7 @@ from fairasr_min.conformer import (
     encoder_frames,
     relative_positions,
 )
+from fairasr_min.layers import length_mask
 from fairasr_min.model import ConformerCTC, FairASR, masked_mean, samples_to_frames
 
 SMALL = ConformerConfig(
@@ -160,38 +157,6 @@ def test_subsampling_is_pytorchs_convolutions(factor, precision, of_features):
         assert one.shape == other.shape and torch.allclose(one, other, atol=close, rtol=close)
 
 
-def test_random_bytes_are_splitmix64():
-    def splitmix64(state):  # the published algorithm, on Python's integers
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
-        return state ^ (state >> 31)
-
-    gamma = 0x9E3779B97F4A7C15
-    assert splitmix64(gamma) == 0xE220A8397B1DCDAF  # its first number from seed 0
-    torch.manual_seed(3)
-    drawn = conformer.random_bytes((5, 7), torch.device("cpu"))
-    torch.manual_seed(3)
-    start = int(torch.randint(2**62, ()))
-    words = [splitmix64((start + i) * gamma % 2**64) for i in range(5)]
-    expected = np.array(words, dtype="<u8").view(np.uint8)[:35]
-    assert drawn.shape == (5, 7) and np.array_equal(drawn.flatten(), expected)
-
-
-def test_random_bytes_are_uniform_and_independent():
-    torch.manual_seed(0)
-    one, other = (conformer.random_bytes((2**20,), torch.device("cpu")).long() for _ in range(2))
-    pairs = {"bytes": one, "neighbours": one[:-1] * 256 + one[1:], "calls": one * 256 + other}
-    pairs |= {f"words, {k} apart": one[: -8 * k] * 256 + one[8 * k :] for k in (1, 2, 176)}
-    for name, values in pairs.items():
-        cells = 256 if name == "bytes" else 65536
-        expected = len(values) / cells
-        chi2 = ((torch.bincount(values, minlength=cells) - expected) ** 2 / expected).sum()
-        deviations = (chi2 - (cells - 1)) / (2 * (cells - 1)) ** 0.5
-        assert abs(deviations) < 4, name
-    by_place = torch.bincount(one + 256 * torch.arange(len(one)).remainder(8)).view(8, 256)
-    assert ((by_place - 512).abs() < 6 * 512**0.5).all()
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activation_checkpointing_changes_nothing_but_what_is_kept(precision):
     config = replace(SMALL, n_layers=3, dropout=0.1, dropout_att=0.1)
@@ -218,63 +183,6 @@ def test_activation_checkpointing_changes_nothing_but_what_is_kept(precision):
         assert seen == 1
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert kept[1] < kept[0] / 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_linear_without_a_gradient_takes_tensors_however_they_lie_in_memory(dtype):
-    torch.manual_seed(0)
-    inputs = [
-        torch.randn(2, 3, 6),
-        torch.randn(1, 1, 6).expand(2, 3, 6),
-        torch.randn(6, 3, 2).permute(2, 1, 0),
-        torch.randn(2, 3, 9)[..., 2:8],
-    ]
-    weights = [torch.randn(5, 6), torch.randn(5, 8)[:, 1:7], torch.randn(6, 5).t()]
-    biases = [None, torch.randn(5), torch.randn(5, 3)[:, 1], torch.randn(1).expand(5)]
-    for x, weight, bias in itertools.product(inputs, weights, biases):
-        expected = torch.nn.functional.linear(x, weight, bias)
-        with torch.no_grad():
-            b = None if bias is None else bias.to(dtype)
-            y = conformer.linear(x.to(dtype), weight.to(dtype), b)
-            swished = conformer.linear(x.to(dtype), weight.to(dtype), b, then="swish")
-        close = 5e-2 if dtype == torch.bfloat16 else 1e-5
-        assert torch.allclose(y.float(), expected, atol=close, rtol=close)
-        expected = torch.nn.functional.silu(expected)
-        assert torch.allclose(swished.float(), expected, atol=close, rtol=close)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_linear_is_pytorchs(threads):
-    torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    layer, x = Linear(6, 5), torch.randn(2, 3, 6, requires_grad=True)
-    results = []
-    for y in (torch.nn.functional.linear(x, layer.weight, layer.bias), layer(x)):
-        gradients = torch.autograd.grad(y.sin().sum(), (x, layer.weight, layer.bias))
-        results.append((y, *gradients))
-    torch.set_num_threads(before)
-    for theirs, ours in zip(*results):
-        assert theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-5)
-    y, x = torch.randn(2, 3, 5), torch.randn(2, 3, 6)
-    expected = torch.einsum("bni,bnj->ij", y, x)
-    assert torch.allclose(conformer.transposed_product(y, x), expected, atol=1e-5)
-
-
-def test_dropout_drops_its_share_keeps_the_mean_and_passes_gradient_where_it_kept():
-    torch.manual_seed(0)
-    layer, x = Dropout(0.1), torch.ones(1000, 1001, requires_grad=True)
-    y = layer(x)
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
-    dropped = (y == 0).float().mean().item()
-    assert abs(dropped - 26 / 256) < 1e-3 and abs(y.mean().item() - 1) < 1e-3
-    assert y.unique().numel() == 2
-    neighbours = ((y[:, 1:] == 0) & (y[:, :-1] == 0)).float().mean().item()
-    assert abs(neighbours - (26 / 256) ** 2) < 5e-4  # bytes of one word are independent
-    torch.manual_seed(0)
-    assert torch.equal(layer(x), y)
-    assert layer.eval()(x) is x
 
 
 def sinusoid(position, d):

@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from conftest import ROOT, run, start_torchrun, torchrun
 
 from fairasr_min import losses, runtime
-from fairasr_min.audio import length_mask
 from fairasr_min.conformer import ConformerConfig
+from fairasr_min.layers import length_mask
 from fairasr_min.model import ConformerCTC, FairASR
 
 CONFIG = ConformerConfig(
