@@ -5,7 +5,7 @@
 
 One batch of synthetic audio (noise; clips of one length; three units a second), front end included:
 
-    forward         eval mode: waveforms -> log-probabilities
+    forward         eval mode: waveforms -> log-probabilities; weights held, as decode.py does
     ctc             train mode with dropout, unmasked: waveforms -> CTC loss -> gradients
     ctc_update      and clipping and AdamW, as in finetune.py
     stage1          train mode: waveforms -> two views, one of them masked -> InfoNCE and FSC in
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -37,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 from fairasr_min import data, losses, runtime  # noqa: E402
 from fairasr_min.audio import SAMPLE_RATE  # noqa: E402
 from fairasr_min.conformer import SIZES  # noqa: E402
+from fairasr_min.layers import weights_held  # noqa: E402
 from fairasr_min.model import ConformerCTC, FairASR  # noqa: E402
 from fairasr_min.runtime import UserError, at_least  # noqa: E402
 from train import AUGMENT  # noqa: E402
@@ -155,6 +157,7 @@ def worker(spec: dict, encoders: dict | None = None) -> int:
     runtime.check_precision(spec["precision"], world.device)
     torch.set_num_threads(spec["threads"])
     steps, found = {}, {}
+    hold = spec["task"] == "forward" and not spec["compile"]  # as decode.py does
 
     def timed(name):
         began = time.perf_counter()
@@ -162,14 +165,15 @@ def worker(spec: dict, encoders: dict | None = None) -> int:
         synchronize(world.device)
         return round(1000 * (time.perf_counter() - began), 3)
 
-    for name, encoder in (encoders or {"ours": None}).items():
-        steps[name], model = make_step(spec, world, encoder)
-        parameters = sum(p.numel() for p in model.parameters())
-        found[name] = {"parameters": parameters, "first_ms": timed(name), "ms": []}
-        timed(name)
-    for i in range(spec["repeats"]):  # A B, B A, A B, ...
-        for name in list(steps)[:: 1 if i % 2 == 0 else -1]:
-            found[name]["ms"].append(timed(name))
+    with weights_held() if hold else nullcontext():
+        for name, encoder in (encoders or {"ours": None}).items():
+            steps[name], model = make_step(spec, world, encoder)
+            parameters = sum(p.numel() for p in model.parameters())
+            found[name] = {"parameters": parameters, "first_ms": timed(name), "ms": []}
+            timed(name)
+        for i in range(spec["repeats"]):  # A B, B A, A B, ...
+            for name in list(steps)[:: 1 if i % 2 == 0 else -1]:
+                found[name]["ms"].append(timed(name))
     for one in found.values():
         one["median_ms"] = median = statistics.median(one["ms"])
         one["min_ms"], one["max_ms"] = min(one["ms"]), max(one["ms"])
