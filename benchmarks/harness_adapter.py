@@ -23,23 +23,21 @@ class FairASRPeer:
         self.ctc = ConformerCTC(config, vocab_size=1024)
         self.stage1 = FairASR(config, n_adversaries=1, independent_space=False)
         self.stage1.encoder = self.ctc.encoder  # one encoder, as the peers have one
-        self.holding = None  # the weights, from batch to batch of an evaluation
+        self.holding = ExitStack()  # the weights, from batch to batch of an evaluation
 
     def params(self):
         return sum(p.numel() for p in self.ctc.parameters())
 
     def fwd(self, waveforms, n_samples):
         """(B, S), (B,) -> log_probs (B, T', V+1), lengths; eval mode, as decode.py does it."""
-        self.ctc.eval()
-        if not self.holding:
-            self.holding = ExitStack()
+        if self.ctc.encoder.training:
+            self.ctc.eval()
             self.holding.enter_context(weights_held())
         with torch.inference_mode():
             return self.ctc(waveforms, n_samples)
 
     def begin_step(self, model):
-        if self.holding:
-            self.holding = self.holding.close()  # None: the weights may change
+        self.holding.close()  # the weights may change
         model.train().zero_grad(set_to_none=True)
 
     def train(self, waveforms, n_samples, targets, target_lengths):

@@ -24,7 +24,8 @@ _held = None  # what has been made of weights, inside of weights_held()
 @contextmanager
 def weights_held():
     """For the encoding of many batches: what a forward without gradient makes of weights alone
-    (casts, arrangements) is made once. They must not change inside."""
+    (casts, arrangements) is made once, and takes as much memory as they. They must not change
+    inside: that would go unnoticed."""
     global _held
     before, _held = _held, {}
     try:
