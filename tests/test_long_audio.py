@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 import evaluate
-from fairasr_min import audio, checkpoint, data, embed, model
+from fairasr_min import audio, checkpoint, data, embed, layers, model
 from fairasr_min.audio import LogMel
 from fairasr_min.conformer import ConformerConfig
 from fairasr_min.decode import decode
@@ -233,11 +233,18 @@ def test_evaluate_takes_long_clips(folder, two_seconds, monkeypatch, capsys):
 def test_the_corpus_loop_keeps_long_clips_alone(folder, two_seconds, monkeypatch):
     monkeypatch.setattr("fairasr_min.decode.LONGEST", 2.0)
     utterances, _ = data.read_manifest(folder / "m.jsonl")
-    batches, made = [], recogniser(LIMITED)
+    batches, held, made = [], [], recogniser(LIMITED)
     whole = made.transcribe
-    made.transcribe = lambda waveforms: batches.append(len(waveforms)) or whole(waveforms)
+
+    def transcribe(waveforms):
+        batches.append(len(waveforms))
+        held.append(layers._held is not None)
+        return whole(waveforms)
+
+    made.transcribe = transcribe
     decode(made, utterances, World(0, 1, torch.device("cpu")), batch_size=8)
     assert batches == [1, 1, 1, 2]  # 10, 2.01, 2; 1 and 0.5 s
+    assert all(held) and layers._held is None  # the weights, for the corpus and no longer
 
 
 def test_embeddings_of_long_clips_are_the_mean_over_all_frames(folder, two_seconds, monkeypatch):
