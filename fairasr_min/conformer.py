@@ -400,13 +400,21 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx, x, valid, weight, bias, eps):
         """(B, T', D), (B, T', 1), (D,), (D,) -> y, mean (D,), variance (D,), count."""
         wide, valid = x.float(), valid.float()
-        count = _over_processes(valid.sum()).clamp(min=1)
-        mean = _over_processes((wide * valid).sum((0, 1))) / count
-        centred = wide - mean
-        variance = _over_processes((centred * valid).square_().sum((0, 1))) / count
-        ctx.save_for_backward(x, valid, weight, mean, (variance + eps).rsqrt(), count)
+        count = valid.sum()  # here: of this process
+        center = (wide * valid).sum((0, 1)) / count.clamp(min=1)
+        centred = wide - center
+        squares = (centred * valid).square_().sum((0, 1))
+        # In one message: the moments of the parts give those of the whole (Chan et al., 1983)
+        moments = _of_each_process(torch.cat([center, squares, count[None]]))
+        means, squares, counts = moments.split([len(center), len(center), 1], dim=1)
+        count = counts.sum().clamp(min=1)
+        mean = (means * counts).sum(0) / count
+        variance = (squares + counts * (means - mean).square()).sum(0) / count
+        rate = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, valid, weight, mean, rate, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        y = centred.mul_(weight * (variance + eps).rsqrt()).add_(bias)
+        scale = weight * rate
+        y = torch.addcmul(bias + (center - mean) * scale, centred, scale)
         return y.to(x.dtype), mean, variance, count
 
     @staticmethod
@@ -415,17 +423,21 @@ class _BatchNorm(torch.autograd.Function):
         d_y, normal = d_y.float(), (x.float() - mean).mul_(rate)
         d_weight, d_bias = (d_y * normal).sum((0, 1)), d_y.sum((0, 1))
         # both through the statistics, to which every process contributed
-        through = _over_processes(torch.stack([d_weight, d_bias])) * (-weight * rate / count)
+        through = _of_each_process(torch.stack([d_weight, d_bias])).sum(0)
+        through = through * (-weight * rate / count)
         d_x = normal.mul_(through[0]).add_(through[1]).mul_(valid)
         d_x.addcmul_(d_y, weight * rate)
         return d_x.to(x.dtype), None, d_weight, d_bias, None
 
 
-def _over_processes(x):
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
+def _of_each_process(x):
+    """x of each process, in a new first dimension."""
+    x = x[None]
+    if not dist.is_initialized():
+        return x
+    parts = x.new_empty(dist.get_world_size(), *x.shape[1:])
+    dist.all_gather_into_tensor(parts, x)
+    return parts
 
 
 class FrameLayerNorm(LayerNorm):
