@@ -23,6 +23,7 @@ from fairasr_min.layers import (
     LayerNorm,
     Linear,
     dropout_mask,
+    keep_,
     kept,
     kept_scale,
     length_mask,
@@ -323,7 +324,7 @@ class _Attention(torch.autograd.Function):
             near = slice(n - rows.stop, 2 * n - rows.start)
             d_scores, left = torch.bmm(d_y[:, rows], values_ln2.transpose(1, 2)), weights
             if mask is not None:
-                d_scores, left = kept(d_scores, mask), kept(weights, mask)
+                d_scores, left = keep_(d_scores, mask), kept(weights, mask)
             d_scores = torch._softmax_backward_data(d_scores, weights, -1, weights.dtype)
             shifted = d_scores.new_zeros(h, b, d_scores.shape[1], near.stop - near.start)
             by_key(shifted).copy_(d_scores.view(h, b, -1, n))
@@ -547,7 +548,7 @@ class _FeedForward(torch.autograd.Function):
         ctx.bias, ctx.scale, h = b1 is not None, kept_scale(p), linear(x, w1, b1)
         mask = dropout_mask(h.shape, p, h) if p else None
         if p:
-            h, w2 = kept(h, mask), w2 * ctx.scale  # silu(0) is 0
+            h, w2 = keep_(h, mask), w2 * ctx.scale  # silu(0) is 0
         ctx.save_for_backward(x, w1, w2, h, mask)
         return linear(F.silu(h), w2, b2)
 
@@ -555,8 +556,9 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, d_out):
         x, w1, w2, h, mask = ctx.saved_tensors
         d_w2 = transposed_product(d_out, F.silu(h)).mul_(ctx.scale)
-        d_h = torch.ops.aten.silu_backward(linear(d_out, w2.t()), h)
-        d_h = d_h if mask is None else kept(d_h, mask)
+        d_h = linear(d_out, w2.t())
+        torch.ops.aten.silu_backward.grad_input(d_h, h, grad_input=d_h)
+        d_h = d_h if mask is None else keep_(d_h, mask)
         d_b1, d_b2 = (d.sum((0, 1)) if ctx.bias else None for d in (d_h, d_out))
         return linear(d_h, w1.t()), transposed_product(d_h, x), d_b1, d_w2, d_b2, None
 

@@ -206,6 +206,12 @@ def kept(x, mask) -> torch.Tensor:
     return (x.view(mask.dtype) & mask).view(x.dtype)
 
 
+def keep_(x, mask) -> torch.Tensor:
+    """kept(), written into x: memory that is in a cache already."""
+    x.view(mask.dtype).bitwise_and_(mask)
+    return x
+
+
 def kept_scale(p: float) -> float:
     """Makes up for what dropout takes away."""
     return 1 / (1 - p) if p < 1 else 0.0
