@@ -197,12 +197,16 @@ class _TwoConvs(torch.autograd.Function):
         return None, d_w1, d_w2, d_y.sum((0, 2, 3))
 
 
-def relative_positions(size: int, d_model: int, device) -> torch.Tensor:
-    """Sinusoids (2 size, D) of the relative positions size, ..., 0, ..., -(size - 1).
+ALIGNED = 16  # numbers; a product that writes rows of a multiple takes half the time of another
 
-    The first, which no query needs, makes a row of scores as long as by_key() wants it.
+
+def relative_positions(size: int, d_model: int, device) -> torch.Tensor:
+    """Sinusoids (2 size + ALIGNED, D) of the relative positions size, ..., 0, ..., -(size - 1), ...
+
+    The first and the last ones no query needs; they make rows of scores as long as by_key() and
+    products want them.
     """
-    position = torch.arange(size, -size, -1, device=device, dtype=torch.float32)
+    position = torch.arange(size, -size - ALIGNED, -1, device=device, dtype=torch.float32)
     rate = torch.arange(0, d_model, 2, device=device, dtype=torch.float32)
     angle = position[:, None] * torch.exp(rate * (-math.log(10_000.0) / d_model))
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # sin, cos interleaved
@@ -226,8 +230,8 @@ class RelativeAttention(nn.Module):
         self.pos_bias_v = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))
 
     def forward(self, x, valid, context, positions):
-        """(B, N, D), (B, N) bool, None or (N, N) bool: the keys that a query may see, (2N, D)
-        -> (B, N, D)."""
+        """(B, N, D), (B, N) bool, None or (N, N) bool: the keys that a query may see, positions
+        (P, D) -> (B, N, D)."""
         h, dropout = self.n_heads, self.dropout if self.training else 0.0
         weight, bias, weight_p = once(self.extended, dropout)
         qkv = linear(x, weight, bias).view(*x.shape[:2], 3, h, -1).permute(2, 3, 0, 1, 4)
@@ -272,31 +276,33 @@ class _Attention(torch.autograd.Function):
     """softmax(q k^T + shifted(q p^T)), dropout, times values. The gradient is by hand: of all the
     (N, N) matrices only the weights are kept.
 
-    Some rows (queries) at a time: the positions that these need are N + rows of the 2N, and what is
-    not kept stays small, however long the audio.
+    Some rows (queries) at a time: the positions that these need are about N + rows of the 2N, and
+    what is not kept stays small, however long the audio.
     """
 
     BYTES = 512  # of a column of as many rows: 128 in float32, 256 in bfloat16
 
     @staticmethod
     def row_slices(x):
-        """(..., N, d) -> slices of N, each of so many rows."""
-        n, rows = x.shape[-2], _Attention.BYTES // x.element_size()
-        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+        """(..., N, d) -> slices of N, each of so many rows, and of the positions that they need."""
+        n, size = x.shape[-2], _Attention.BYTES // x.element_size()
+        for start in range(0, n, size):
+            stop = min(start + size, n)
+            width = -((n + stop - start) // -ALIGNED) * ALIGNED  # N + rows, rounded up
+            yield slice(start, stop), slice(n - stop, n - stop + width)
 
     @staticmethod
     def forward(ctx, qkv, p, padding, context, dropout):
-        """(3, H, B, N, d + 4), (H, 2N, d + 4), (B, N) and (N, N) to add or None -> (B, N, H d)."""
+        """(3, H, B, N, d + 4), (H, P, d + 4), (B, N) and (N, N) to add or None -> (B, N, H d)."""
         _, h, b, n, wide = qkv.shape
         d, blocks = wide - 4, []
         qkv = qkv.clone(memory_format=torch.contiguous_format)  # ours to write into
         qkv[1, ..., d + 1] += padding
         q, keys, values = qkv.flatten(1, 2)  # (H B, N, d + 4)
         out = qkv.new_empty(b, n, h, d)
-        for rows in _Attention.row_slices(qkv):
-            near = slice(n - rows.stop, 2 * n - rows.start)  # the positions of these rows, and one
+        for rows, near in _Attention.row_slices(qkv):
             scores = torch.bmm(qkv[0, :, :, rows].flatten(1, 2), p[:, near].transpose(1, 2))
-            scores = by_key(scores.unflatten(1, (b, -1))).flatten(0, 1)
+            scores = by_key(scores.unflatten(1, (b, -1)), n).flatten(0, 1)
             scores = torch.baddbmm(scores, q[:, rows], keys.transpose(1, 2))  # (H B, R, N)
             if context is not None:
                 scores += context[rows]
@@ -320,15 +326,15 @@ class _Attention(torch.autograd.Function):
         d_y = F.pad(d_y, (0, 4)).flatten(0, 1)  # (H B, N, d + 4)
         d_qkv, d_p = torch.empty_like(qkv), torch.zeros_like(p)
         d_q, d_k, d_v = d_qkv.flatten(1, 2)
-        for rows, weights, mask in zip(_Attention.row_slices(qkv), blocks[::2], blocks[1::2]):
-            near = slice(n - rows.stop, 2 * n - rows.start)
+        slices = _Attention.row_slices(qkv)
+        for (rows, near), weights, mask in zip(slices, blocks[::2], blocks[1::2]):
             d_scores, left = torch.bmm(d_y[:, rows], values_ln2.transpose(1, 2)), weights
             if mask is not None:
                 d_scores, left = keep_(d_scores, mask), kept(weights, mask)
             d_scores = torch._softmax_backward_data(d_scores, weights, -1, weights.dtype)
             shifted = d_scores.new_zeros(h, b, d_scores.shape[1], near.stop - near.start)
-            by_key(shifted).copy_(d_scores.view(h, b, -1, n))
-            shifted = shifted.flatten(1, 2)  # (H, B R, N + R)
+            by_key(shifted, n).copy_(d_scores.view(h, b, -1, n))
+            shifted = shifted.flatten(1, 2)  # (H, B R, W)
             d_rows = torch.bmm(d_scores, keys).view(h, -1, wide)
             d_q[:, rows] = torch.baddbmm(d_rows, shifted, p[:, near]).view(h * b, -1, wide)
             d_p[:, near] += torch.bmm(shifted.transpose(1, 2), qkv[0, :, :, rows].flatten(1, 2))
@@ -355,16 +361,16 @@ def attention_weights(scores: torch.Tensor) -> torch.Tensor:
     return torch.softmax(scores.to(type_) * math.log(2), -1).to(scores.dtype)
 
 
-def by_key(scores: torch.Tensor) -> torch.Tensor:
-    """(..., R, N + R) by relative position -> a view (..., R, N) by key: out[i, j] = scores[i, R -
-    i + j].
+def by_key(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """(..., R, W) by relative position, W >= N + R -> a view (..., R, N) by key: out[i, j] =
+    scores[i, R - i + j].
 
-    Row i begins at i (N + R); the wanted element lies at R + i (N + R - 1) + j, which is row i,
-    column j of a reshape that begins at R.
+    Row i begins at i W; the wanted element lies at R + i (W - 1) + j, which is row i, column j of a
+    reshape that begins at R.
     """
     rows, width = scores.shape[-2:]
     flat = scores.flatten(-2)[..., rows:]
-    return flat.unflatten(-1, (rows, width - 1))[..., : width - rows]
+    return flat.unflatten(-1, (rows, width - 1))[..., :n]
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -582,7 +588,7 @@ class ConformerLayer(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, valid, context, positions):
-        """(B, T', D), (B, T') bool, (T', T') bool or None, (2T', D) -> (B, T', D)."""
+        """(B, T', D), (B, T') bool, (T', T') bool or None, positions (P, D) -> (B, T', D)."""
         add = self.dropout  # (what a block gives, and the x to add it to)
         x = add(self.feed_forward1(self.norm_feed_forward1(x)), x, 0.5)
         x = add(self.self_attn(self.norm_self_att(x), valid, context, positions), x)

@@ -38,9 +38,10 @@ def test_size_small_is_nemos_conformer_ctc_small():
 
 
 @pytest.mark.parametrize("rows, n", [(1, 1), (2, 2), (5, 5), (2, 5), (1, 4)])
-def test_by_key_takes_the_score_of_the_relative_position(rows, n):
-    scores = torch.randn(2, 3, rows, n + rows)
-    out = by_key(scores)
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_by_key_takes_the_score_of_the_relative_position(rows, n, more):
+    scores = torch.randn(2, 3, rows, n + rows + more)
+    out = by_key(scores, n)
     assert out.shape == (2, 3, rows, n)
     for i in range(rows):
         for j in range(n):

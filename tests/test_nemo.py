@@ -399,7 +399,9 @@ def hostile(tmp_path):
             "could not determine a constructor",
         ),
         "YAML of aliases": (lambda: config(laughs), "aliases"),
-        "YAML of a hundred thousand lists": (lambda: config(deep), "lists in more than"),
+        "YAML of a hundred lists": (lambda: config(b"[" * 100), "lists in more than"),
+        # the parser itself may refuse first, as it does from PyYAML 6.0.4 on
+        "YAML of a hundred thousand lists": (lambda: config(deep), "lists in more than|flow level"),
         "YAML that is text": (lambda: config(b"hello"), "no settings"),
         "YAML without sections": (
             lambda: config(b"target: x.EncDecCTCModelBPE"),
