@@ -226,7 +226,7 @@ def main() -> int:
         with runtime.autocast(args.precision, world.device):
             log_probs, lengths = model.log_probs(features, n_frames)  # (B, T', V+1) float32
         loss = losses.ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)  # (B,)
-        n = runtime.total(torch.tensor(len(loss), device=world.device))
+        n = runtime.total(torch.tensor(len(loss)))  # of all processes; known to the host
         return loss.sum() * world.size / n  # averaging the gradients divides by the processes
 
     def watch_dev():
@@ -362,7 +362,7 @@ def main() -> int:
             mark = " (best)" if since_best == 0 else ""
             bar.line(f"epoch {epoch}/{args.epochs}: {runtime.rounded(seen)}{mark}; {example}")
         bar.update()
-        signal = stop.agreed(world.device)
+        signal = stop.agreed()
         if ended or n % args.save_every == 0 or n == last or signal:
             save(n)
         if ended:

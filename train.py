@@ -329,7 +329,7 @@ def main() -> int:
             log.write(n, epoch=epoch, **seen)
             bar.line(f"epoch {epoch}/{args.epochs}: {runtime.rounded(seen)}")
         bar.update()
-        signal = stop.agreed(world.device)
+        signal = stop.agreed()
         if ended or n % args.save_every == 0 or n == last or signal:
             save(n)
         if ended:

@@ -91,7 +91,8 @@ def setup(device: str = "auto") -> World:
         where = torch.device("cuda", local)
     else:
         where = torch.device("cpu")
-    backend = "nccl" if device == "cuda" else "gloo"
+    # what the host has to know goes from CPU to CPU, so that no host waits for its GPU
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return World(dist.get_rank(), dist.get_world_size(), where)
 
@@ -180,10 +181,8 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     """
     if not dist.is_initialized():
         return x
-    counts = [
-        torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())
-    ]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    counts = [torch.tensor([0]) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(x)]))
     counts = [int(count) for count in counts]
     filler = x.new_zeros(max(counts) - len(x), *x.shape[1:])
     parts = all_gather(torch.cat([x, filler]))
@@ -408,11 +407,11 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def agreed(self, device: torch.device) -> int:
+    def agreed(self) -> int:
         """The signal that any process got, or 0; the same answer on all of them."""
         if not dist.is_initialized():
             return self.signal
-        flag = torch.tensor(self.signal, device=device)
+        flag = torch.tensor(self.signal)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 

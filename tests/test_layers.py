@@ -38,8 +38,10 @@ def test_linear_without_a_gradient_takes_tensors_however_they_lie_in_memory(dtyp
         assert torch.allclose(swished.float(), expected, atol=close, rtol=close)
 
 
+@pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])  # by convolutions, by PyTorch's products
 @pytest.mark.parametrize("threads", [1, 2])
-def test_linear_is_pytorchs(threads):
+def test_linear_is_pytorchs(monkeypatch, threads, vectors):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
