@@ -222,9 +222,17 @@ def seed_everything(seed: int, *stream: int) -> None:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """UserError for fp16 without a GPU."""
+    """UserError for fp16 without a GPU; a warning for bf16 on a CPU that has no such products."""
     if precision == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
+    slow = device.type == "cpu" and not (onednn and onednn._is_mkldnn_bf16_supported())
+    if precision == "bf16" and slow and os.environ.get("RANK", "0") == "0":
+        print(
+            "warning: this CPU has no instructions for bf16, which will take many times as long "
+            "as fp32",
+            file=sys.stderr,
+        )
 
 
 def autocast(precision: str, device: torch.device):

@@ -113,3 +113,13 @@ def test_seeds_of_steps_and_ranks_differ_and_repeat():
 def test_fp16_without_a_gpu_is_refused():
     with pytest.raises(runtime.UserError, match="bf16"):
         runtime.check_precision("fp16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_on_a_cpu_without_it_is_slow_and_says_so(monkeypatch, capsys, supported):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    for precision in ("fp32", "bf16"):
+        runtime.check_precision(precision, torch.device("cpu"))
+    warned = capsys.readouterr().err
+    assert warned.count("warning: this CPU") == (0 if supported else 1)
