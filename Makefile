@@ -15,8 +15,9 @@ RUN = .venv/bin/python
 demo: .venv/ready
 	PYTHON=$(RUN) sh recipes/demo.sh
 
+# a file of tests on each core, four at most, each on one thread
 test: .venv/ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/ready
 	$(RUN) -m ruff check .

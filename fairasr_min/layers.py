@@ -55,8 +55,8 @@ def linear(x, weight, bias=None, then: str = "none"):
     """F.linear: (..., D), (D2, D), (D2,) -> (..., D2), then "swish" or "relu" of it. On a CPU by
     oneDNN, which adds the bias (and without a gradient takes what follows) on the way, by the
     operator that torch.compile would call; and in float32 uses the whole vector width of the
-    machine. PyTorch's own way there is MKL, which takes half of it where Intel did not build the
-    CPU, and twice the time."""
+    machine. PyTorch's own way there is MKL, which of 512 bits takes half where Intel did not build
+    the CPU, and twice the time; of 256 it takes all."""
     dtype = product_type(x)
     if x.device.type == "cpu" and not torch.is_grad_enabled() and _onednn_takes(dtype):
         weight, bias = once(_onednn_operands, weight, bias, dtype)
@@ -109,7 +109,8 @@ def transposed_product(y, x):
 def _by_convolution(x) -> bool:
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # oneDNN, in bfloat16
         return False
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"  # else MKL is as fast, or 4 times
+    # with narrower vectors, oneDNN's gradient of a weight takes four times as long as MKL's
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return wide and x.dtype == torch.float32 and _onednn_takes(x.dtype)
 
 

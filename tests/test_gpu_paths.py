@@ -96,7 +96,8 @@ def test_stage_2_stays_on_its_device(meta, name):
         with torch.no_grad():
             best, _ = model.best_classes(features, n_frames)
     assert all(p.grad.shape == p.shape and p.grad.is_meta for p in model.parameters())
-    assert log_probs.dtype == torch.float32 and lengths.is_meta and best.shape == log_probs.shape[:2]
+    assert log_probs.dtype == torch.float32 and best.shape == log_probs.shape[:2]
+    assert log_probs.is_meta and lengths.is_meta and best.is_meta
 
 
 def test_what_it_looks_for_is_found(meta):
