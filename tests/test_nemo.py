@@ -400,7 +400,7 @@ def hostile(tmp_path):
         ),
         "YAML of aliases": (lambda: config(laughs), "aliases"),
         "YAML of a hundred lists": (lambda: config(b"[" * 100), "lists in more than"),
-        # the parser itself may refuse first, as it does from PyYAML 6.0.4 on
+        # the parser itself may refuse first, as that of PyYAML 6.0.4 does
         "YAML of a hundred thousand lists": (lambda: config(deep), "lists in more than|flow level"),
         "YAML that is text": (lambda: config(b"hello"), "no settings"),
         "YAML without sections": (
