@@ -141,7 +141,7 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
         if not (isinstance(error, dist.DistError) or "gloo" in reason or "by peer" in reason):
             raise
         code, message = 2, f"lost another process; the cause stands above, or below ({reason})"
-        if "connect" in reason:
+        if "connectFullMesh" in reason:  # they have never met
             message += "; between machines, GLOO_SOCKET_IFNAME names the interface (README)"
     if code == 2:
         print(f"error: {rank}{message}", file=sys.stderr, flush=True)
