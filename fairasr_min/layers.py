@@ -109,9 +109,15 @@ def transposed_product(y, x):
 def _by_convolution(x) -> bool:
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # oneDNN, in bfloat16
         return False
-    # with narrower vectors, oneDNN's gradient of a weight takes four times as long as MKL's
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and x.dtype == torch.float32 and _onednn_takes(x.dtype)
+    return x.dtype == torch.float32 and _onednn_takes(x.dtype) and _mkl_takes_half()
+
+
+@functools.cache
+def _mkl_takes_half() -> bool:
+    """Are there vectors of 512 bits, and has not Intel built them? Elsewhere MKL takes all, and
+    oneDNN's gradient of a weight up to two (512 bits) or four times (256) as long."""
+    cpu = torch.cpu.get_capabilities()
+    return cpu.get("avx512_f", False) and not cpu.get("cpu_name", "").startswith("Intel")
 
 
 def _image(x):
