@@ -126,14 +126,21 @@ def _image(x):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm, on a CPU with its gradient in float32: in bfloat16, PyTorch's takes twice as
-    long."""
+    """nn.LayerNorm, of bfloat16 in bfloat16 (autocast would have a GPU give float32, which every
+    block would have to read, add to and cast); on a CPU with its gradient in float32: in bfloat16,
+    PyTorch's takes twice as long."""
 
     def forward(self, x):
         """(..., D) -> (..., D)."""
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        if x.dtype != torch.bfloat16:
+            return super().forward(x)
+        if x.device.type == "cpu" and torch.is_grad_enabled():
             return _LayerNorm.apply(x, self.weight, self.bias, self.eps)
-        return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight, self.bias
+            if x.device.type != "cpu":
+                weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -154,7 +161,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, by dropout_mask()."""
+    """nn.Dropout, on a CPU by dropout_mask()."""
 
     def forward(self, x, residual=None, share: float = 1.0):
         """residual (0 without one) + share * dropout(x)."""
@@ -165,6 +172,8 @@ class Dropout(nn.Dropout):
             residual = x.new_zeros(())
         if not dropping:
             return torch.add(residual, x, alpha=share)
+        if x.device.type != "cpu":
+            return torch.add(residual, F.dropout(x, self.p), alpha=share)
         return _AddDropped.apply(residual, x, self.p, share)
 
 
@@ -188,7 +197,8 @@ _tables = {}  # of masks, by p, type and device
 
 
 def dropout_mask(shape, p: float, like: torch.Tensor) -> torch.Tensor:
-    """Integers as wide as the numbers of like: 0 with probability p, else all bits 1.
+    """Integers as wide as the numbers of like: 0 with probability p, else all bits 1. On a GPU
+    bools: it draws as fast as it reads.
 
     One number is drawn: where, in a long table of independent draws, the mask begins, as Salimans
     et al. do with noise (Evolution Strategies, 2017). So nothing has to be kept for the gradient,
@@ -196,6 +206,8 @@ def dropout_mask(shape, p: float, like: torch.Tensor) -> torch.Tensor:
     share draws, at places that chance decides. The table is the same in every process and run; it
     grows with the largest mask, and what it holds never changes.
     """
+    if like.device.type != "cpu":
+        return torch.empty(shape, dtype=torch.bool, device=like.device).bernoulli_(1 - p)
     size, key = math.prod(shape), (p, like.dtype, like.device)
     if len(_tables.get(key, ())) < PLACES + size:
         with torch.inference_mode(False):  # or it could not be kept for a gradient
@@ -210,11 +222,15 @@ def dropout_mask(shape, p: float, like: torch.Tensor) -> torch.Tensor:
 def kept(x, mask) -> torch.Tensor:
     """x where the mask has ones, else 0. By its bits: loops over integers are twice as fast as
     those over bfloat16, and over bools slower than either."""
+    if mask.dtype == torch.bool:  # the fastest kernel of a GPU for that
+        return torch.ops.aten.native_dropout_backward(x, mask, 1.0)
     return (x.view(mask.dtype) & mask).view(x.dtype)
 
 
 def keep_(x, mask) -> torch.Tensor:
-    """kept(), written into x: memory that is in a cache already."""
+    """kept(), on a CPU written into x: memory that is in a cache already."""
+    if mask.dtype == torch.bool:
+        return kept(x, mask)
     x.view(mask.dtype).bitwise_and_(mask)
     return x
 

@@ -78,6 +78,28 @@ def test_attention_is_the_double_loop(monkeypatch, rows):
                 assert torch.allclose(out[n, i], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("d, heads, bias", [(24, 3, True), (12, 4, False), (176, 4, True)])
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_attention_of_a_gpu_is_that_of_a_cpu(d, heads, bias, limited):
+    torch.manual_seed(0)
+    n, lengths = 37, torch.tensor([37, 20, 5])
+    attention = RelativeAttention(d, heads, dropout=0.0, bias=bias).double()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    x = torch.randn(3, n, d, dtype=torch.float64, requires_grad=True)
+    valid = length_mask(lengths, n)
+    context = torch.rand(n, n) < 0.5 if limited else None
+    positions, found = relative_positions(n, d, x.device).double(), []
+    for attend in (attention.by_hand, attention.fused):
+        attention.zero_grad()
+        x.grad = None
+        y = attend(x, valid, context, positions, 0.0)[valid]
+        y.square().sum().backward()
+        used = [p for p in attention.parameters() if p.grad is not None]
+        found.append([y.detach(), x.grad, *(p.grad for p in used)])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("rows", [2, 128])
 @pytest.mark.parametrize("limited, dropout", [(False, 0.0), (True, 0.0), (False, 0.5)])
 def test_the_gradient_of_attention_is_that_of_finite_differences(
@@ -133,6 +155,16 @@ def test_the_gated_convolution_and_its_gradient_are_pytorchs(bias):
         (ours, *torch.autograd.grad(ours.sin().sum(), inputs)),
     ):
         assert y.shape == y2.shape and torch.allclose(y, y2, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_the_weight_gradient_of_the_gated_convolution_is_autograds(axis):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 20, 8), torch.randn(8, 1, 5, requires_grad=True)
+    y = conformer._GatedConvolution.over_time(x, weight)
+    d_y = torch.randn_like(y)
+    found = conformer._GatedConvolution.weight_gradient(x, d_y, weight, axis)
+    torch.testing.assert_close(found, torch.autograd.grad(y, weight, d_y)[0])
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
