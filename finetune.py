@@ -22,6 +22,7 @@ from fairasr_min import checkpoint, data, losses, report, runtime, wer
 from fairasr_min.audio import AudioError, SpecAugment
 from fairasr_min.conformer import SIZES
 from fairasr_min.decode import decode
+from fairasr_min.graphs import record_steps
 from fairasr_min.model import ConformerCTC, samples_to_frames
 from fairasr_min.runtime import at_least
 from fairasr_min.text import Tokenizer, normalize, train_tokenizer
@@ -207,6 +208,8 @@ def main() -> int:
         head = ("decoder",) if "decoder.weight" in initial["weights"] else ()
         checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel", *head))
     model.to(world.device)
+    if world.device.type == "cuda":
+        record_steps(model.encoder)
     # eps: gradients far below 1e-6 are rounding noise, of which 1e-8 makes steps of full size
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, weight_decay=0.01, eps=1e-6, fused=True

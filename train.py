@@ -25,6 +25,7 @@ import torch
 from fairasr_min import checkpoint, data, losses, runtime
 from fairasr_min.audio import AudioError, SpecAugment
 from fairasr_min.conformer import SIZES
+from fairasr_min.graphs import record_steps
 from fairasr_min.model import FairASR
 from fairasr_min.runtime import at_least
 
@@ -197,6 +198,8 @@ def main() -> int:
         checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel"))
         carried = {k: w for k, w in initial["weights"].items() if k.startswith("decoder.")}
     model.to(world.device)
+    if world.device.type == "cuda":
+        record_steps(model.encoder)
     # eps: gradients far below 1e-6 are rounding noise, of which 1e-8 makes steps of full size
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, weight_decay=0.01, eps=1e-6, fused=True

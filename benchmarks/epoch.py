@@ -37,6 +37,7 @@ import train
 from fairasr_min import checkpoint, data, runtime
 from fairasr_min.audio import SAMPLE_RATE, AudioError
 from fairasr_min.conformer import SIZES
+from fairasr_min.graphs import record_steps
 from fairasr_min.model import ConformerCTC, FairASR
 from fairasr_min.runtime import at_least
 
@@ -59,6 +60,8 @@ def bare_step(stage: int, dataset: data.SpeechDataset, args):
             return ctc(model, features, n_frames, batch, precision)
 
     model.to(args.device)
+    if args.device.type == "cuda":
+        record_steps(model.encoder)
     return model, updating(model, loss_of, args.precision)
 
 

@@ -45,7 +45,8 @@ def points(args, device: str) -> list[dict]:
     """What to measure in one round: arguments of speed.launch, and where it stands on its curve."""
     common = {
         "size": args.size, "batch": args.batch, "seconds": args.seconds, "threads": args.threads,
-        "repeats": args.repeats, "device": device, "compile": False, "processes": 1,
+        "repeats": args.repeats, "device": device, "compile": False, "eager": False,
+        "processes": 1,
     }  # fmt: skip
     twice = {"batch": 2 * args.batch}
     of_curve = {

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 from fairasr_min import data, losses, runtime  # noqa: E402
 from fairasr_min.audio import SAMPLE_RATE  # noqa: E402
 from fairasr_min.conformer import SIZES  # noqa: E402
+from fairasr_min.graphs import record_steps  # noqa: E402
 from fairasr_min.layers import weights_held  # noqa: E402
 from fairasr_min.model import ConformerCTC, FairASR  # noqa: E402
 from fairasr_min.runtime import UserError, at_least  # noqa: E402
@@ -115,9 +116,13 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
     if spec["compile"]:
         model.encoder.compile()
     model.encoder.checkpointing = spec.get("activation_checkpointing", False)
+    on_cpu = world.device.type == "cpu"
+    if not (on_cpu or encoder or spec["eager"]):
+        record_steps(model.encoder)
     batch = noise(spec, world.rank).to(world.device)
     loss_of = stage1 if first else ctc
     update = updating(model, loss_of, precision) if task.endswith("_update") else None
+    gradients = torch.optim.SGD(model.parameters())  # zeroes them
 
     def step():
         if task == "forward":
@@ -126,7 +131,7 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
         features, n_frames = model.log_mel(batch.waveforms, batch.n_samples)
         if update:
             return update(features, n_frames, batch)
-        model.zero_grad(set_to_none=True)
+        gradients.zero_grad(set_to_none=on_cpu)
         loss_of(model, features, n_frames, batch, precision).backward()
 
     return step, model
@@ -250,6 +255,8 @@ def arguments(description: str, tasks: list[str]) -> argparse.ArgumentParser:
         help="of the processor (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: a GPU if there is one (%(default)s)")
+    add("--eager", action="store_true",
+        help="ours too starts each of a GPU's kernels by itself, instead of replaying records")
     add("--json", metavar="FILE", help="where all numbers go")
     add("--worker", help=argparse.SUPPRESS)
     # fmt: on
@@ -261,7 +268,7 @@ def prepare(args, **fixed) -> tuple[dict, dict]:
     device = runtime.setup(args.device).device
     for precision in args.precision:
         runtime.check_precision(precision, device)
-    names = ("size", "batch", "seconds", "repeats", "threads")
+    names = ("size", "batch", "seconds", "repeats", "threads", "eager")
     common = {k: getattr(args, k) for k in names} | {"device": device.type, "processes": 1, **fixed}
     content = {"about": about(device), "synthetic": True, "results": []}
     write_json(args.json, content)

@@ -239,7 +239,10 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 def autocast(precision: str, device: torch.device):
     """fp32 leaves everything as it is; bf16 and fp16 run matrix products in half precision."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    return torch.autocast(
+        device.type, DTYPES[precision], enabled=precision != "fp32",
+        cache_enabled=False,  # of casts, which a graph must make anew
+    )  # fmt: skip
 
 
 def grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
@@ -274,7 +277,8 @@ def update(model, optimizer, scaler, buffers_before, grad_clip: float) -> tuple:
     scaler.update(1.0 if scaler.get_growth_interval() == NEVER else None)
     for buffer, before in zip(model.buffers(), buffers_before):
         buffer.copy_(torch.where(done, buffer, before))
-    optimizer.zero_grad(set_to_none=True)
+    # graphs.py adds to gradients where they lie
+    optimizer.zero_grad(set_to_none=norm.device.type == "cpu")
     return norm, done.float()
 
 
