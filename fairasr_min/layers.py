@@ -98,6 +98,12 @@ def _onednn_takes(dtype) -> bool:
     return dtype == torch.float32
 
 
+def input_gradient(d_y, weight):
+    """The gradient of linear()'s x: (..., D2), (D2, D) -> d_y weight (..., D). Other products than
+    MKL's want the weight transposed in memory, which costs a copy."""
+    return linear(d_y, weight.t()) if _by_convolution(d_y) else d_y @ weight
+
+
 def transposed_product(y, x):
     """The weight gradient of linear(): (..., D2), (..., D) -> y^T x (D2, D)."""
     if not _by_convolution(x):

@@ -38,10 +38,24 @@ def test_linear_without_a_gradient_takes_tensors_however_they_lie_in_memory(dtyp
         assert torch.allclose(swished.float(), expected, atol=close, rtol=close)
 
 
-@pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])  # by convolutions, by PyTorch's products
+@pytest.mark.parametrize(
+    "cpu, half",
+    [
+        ({"avx512_f": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_f": True, "cpu_name": "Intel Xeon"}, False),
+        ({"avx512_f": False, "cpu_name": "AMD EPYC"}, False),
+        ({}, False),
+    ],
+)
+def test_convolutions_take_the_place_of_products_where_mkl_takes_half(monkeypatch, cpu, half):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert layers._mkl_takes_half.__wrapped__() == half
+
+
+@pytest.mark.parametrize("half", [True, False])  # by convolutions, by PyTorch's products
 @pytest.mark.parametrize("threads", [1, 2])
-def test_linear_is_pytorchs(monkeypatch, threads, vectors):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+def test_linear_is_pytorchs(monkeypatch, threads, half):
+    monkeypatch.setattr(layers, "_mkl_takes_half", lambda: half)
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
