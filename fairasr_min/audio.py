@@ -5,6 +5,7 @@ This is the only file that knows torchaudio and soundfile.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,14 @@ def _blocks(path, offset, seconds):
 def _reason(error: Exception) -> str:
     # libsndfile repeats the path in front of its reason; the caller names it already
     return str(error).split(": ", 1)[-1].strip().rstrip(".") or type(error).__name__
+
+
+def pad_waveforms(waveforms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(S,) each -> (B, S'), zeros at the end: so many that there are 16 n feature frames. What is
+    made for the shape of a batch then serves many batches (runtime.setup, graphs.py)."""
+    padded = nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True)
+    more = -(padded.shape[1] + HOP) % (16 * HOP)  # S samples have S // HOP + 1 frames
+    return F.pad(padded, (0, more))
 
 
 class LogMel(nn.Module):

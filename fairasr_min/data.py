@@ -37,6 +37,7 @@ from fairasr_min.audio import (
     audio_seconds,
     decode_audio,
     loudest_sample,
+    pad_waveforms,
 )
 from fairasr_min.text import Tokenizer, ctc_min_frames, normalize, printable
 
@@ -593,7 +594,7 @@ def collate(items: list) -> Batch | AudioError:
     pad = torch.nn.utils.rnn.pad_sequence
     return Batch(
         list(index),
-        pad(waveforms, batch_first=True),
+        pad_waveforms(waveforms),
         torch.tensor([len(w) for w in waveforms]),
         torch.stack(labels),
         pad([t.long() for t in targets], batch_first=True),

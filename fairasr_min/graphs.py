@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROUND = 32  # feature frames (0.32 s): batches are padded to multiples, so that shapes recur
+ROUND = 32  # feature frames (8 of the encoder): rows of aligned numbers, and shapes that recur
 MOST = 64  # shapes recorded
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairasr_min.audio import HOP, SAMPLE_RATE, LogMel
+from fairasr_min.audio import HOP, SAMPLE_RATE, LogMel, pad_waveforms
 from fairasr_min.conformer import SIZES, Conformer, ConformerConfig, encoder_frames
 from fairasr_min.layers import Linear, length_mask
 from fairasr_min.losses import grad_reverse
@@ -108,7 +108,7 @@ class ConformerCTC(nn.Module):
         device = self.decoder.weight.device
         waveforms = [torch.as_tensor(w, dtype=torch.float32) for w in waveforms]
         n_samples = torch.tensor([len(w) for w in waveforms], device=device)
-        padded = nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(device)
+        padded = pad_waveforms(waveforms).to(device)
         best, lengths = in_windows(self.best_classes, *self.log_mel(padded, n_samples), self.config)
         return [
             self.tokenizer.decode(ctc_collapse(ids[:n], self.blank))

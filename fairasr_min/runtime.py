@@ -80,6 +80,9 @@ def setup(device: str = "auto") -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         keep_memory()
+        # oneDNN makes 40 kernels for each new shape of batch (7 % of a step in bfloat16), and by
+        # default forgets those of all but 25 shapes
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
     else:
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions too
     size = int(os.environ.get("WORLD_SIZE", 1))

@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from fairasr_min import data
-from fairasr_min.audio import AudioError, read_audio
+from fairasr_min.audio import AudioError, LogMel, read_audio
 from fairasr_min.data import (
     BadRow,
     Batches,
@@ -610,11 +610,23 @@ def same(a, b):
     )
 
 
+def test_shapes_of_batches_recur():
+    """The fewest samples that hold all and give a multiple of 16 feature frames."""
+    for samples in [1, 159, 2399, 2400, 2401, 4959, 4960, 4961, 80_000]:
+        waveforms = [torch.ones(samples), torch.ones(1)]
+        batch = collate([(i, w, torch.zeros(1), torch.ones(1), torch.ones(1))
+                         for i, w in enumerate(waveforms)])  # fmt: skip
+        size = batch.waveforms.shape[1]
+        features, _ = LogMel()(batch.waveforms, batch.n_samples)
+        assert samples <= size < samples + 2560 and features.shape[1] % 16 == 0
+        assert batch.waveforms.sum() == samples + 1
+
+
 def test_collate_pads_at_the_end(speech):
     dataset = speech()
     (batch,) = list(stream(dataset, Batches(LENGTHS, 7, 0), 0, 1))
     assert sorted(batch.index) == list(range(7))
-    assert batch.waveforms.shape == (7, 4800) and batch.waveforms.dtype == torch.float32
+    assert batch.waveforms.shape == (7, 4960) and batch.waveforms.dtype == torch.float32
     assert batch.targets.shape == (7, 8) and batch.targets.dtype == torch.long
     assert batch.draws.shape == (7, 4) and batch.draws.dtype == torch.float32
     for place, i in enumerate(batch.index):
@@ -701,7 +713,7 @@ def test_an_unreadable_file_is_named(tmp_path, num_workers):
         list(stream(dataset, batches, 0, 8, num_workers=num_workers))
     assert str(caught.value).startswith(f"{tmp_path}/2.wav: not readable")
     good = collate([dataset[0, 0], dataset[0, 1]])
-    assert good.waveforms.shape == (2, 8000)
+    assert good.waveforms.shape == (2, 10_080)
     assert isinstance(collate([dataset[0, 1], dataset[0, 2]]), AudioError)
 
 

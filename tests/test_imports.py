@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "text": set(),
     "losses": set(),
     "conformer": {"layers"},
+    "graphs": set(),
     "wer": set(),
     "stats": set(),
     "runtime": set(),
