@@ -198,7 +198,7 @@ def main() -> int:
         checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel"))
         carried = {k: w for k, w in initial["weights"].items() if k.startswith("decoder.")}
     model.to(world.device)
-    if world.device.type == "cuda":
+    if world.device.type == "cuda" and world.size == 1:  # nobody has tried it on several GPUs
         record_steps(model.encoder)
     # eps: gradients far below 1e-6 are rounding noise, of which 1e-8 makes steps of full size
     optimizer = torch.optim.AdamW(

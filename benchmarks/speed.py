@@ -117,7 +117,7 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
         model.encoder.compile()
     model.encoder.checkpointing = spec.get("activation_checkpointing", False)
     on_cpu = world.device.type == "cpu"
-    if not (on_cpu or encoder or spec["eager"]):
+    if not (on_cpu or encoder or spec["eager"] or world.size > 1):  # as train.py does
         record_steps(model.encoder)
     batch = noise(spec, world.rank).to(world.device)
     loss_of = stage1 if first else ctc

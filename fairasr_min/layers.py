@@ -1,5 +1,6 @@
 """What every part of the encoder is made of, as fast as PyTorch's own operators can do it on a CPU:
-linear layers, LayerNorm, dropout. On a GPU it is what nn.Linear, nn.LayerNorm and nn.Dropout do.
+linear layers, LayerNorm, dropout. On a GPU it is nearly what nn.Linear, nn.LayerNorm and nn.Dropout
+do.
 
 Shapes: D numbers in, D2 numbers out, B batch; "..." any dimensions before.
 """
