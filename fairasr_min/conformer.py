@@ -240,8 +240,9 @@ class RelativeAttention(nn.Module):
         return self.linear_out(attend(x, valid, context, positions, dropout))
 
     def fused(self, x, valid, context, positions, dropout):
-        """On a GPU, by PyTorch's fused attention: what a key scores for its position, and the
-        masks, come as numbers to add to the scores. No other (N, N) matrices are kept."""
+        """forward() before linear_out, on a GPU: by PyTorch's fused attention. What a key scores
+        for its position, and the masks, come as numbers to add to the scores; no other (N, N)
+        matrices are kept."""
         h, n, d = self.n_heads, x.shape[1], x.shape[2] // self.n_heads
         dtype, room = product_type(x), -d % 8  # heads of a multiple of 8 numbers: aligned rows
 
@@ -270,7 +271,8 @@ class RelativeAttention(nn.Module):
         return y[..., :d].transpose(1, 2).flatten(2)
 
     def by_hand(self, x, valid, context, positions, dropout):
-        """On a CPU, where this is twice as fast."""
+        """forward() before linear_out, on a CPU, where products for each part take less time than
+        PyTorch's fused attention (RESULTS.md)."""
         h = self.n_heads
         weight, bias, weight_p = once(self.extended, dropout)
         qkv = linear(x, weight, bias).view(*x.shape[:2], 3, h, -1).permute(2, 3, 0, 1, 4)
@@ -543,7 +545,8 @@ class _GatedConvolution(torch.autograd.Function):
 
     @staticmethod
     def weight_gradient(x, d_y, weight, axis):
-        """Of over_time(), (D, 1, K) in float32; axis: of size 1 in (B, D, height, width)."""
+        """Of over_time(): x and the gradient of its result, (B, T', D) each -> (D, 1, K), float32.
+        axis: 2 or 3, that of size 1 of the images (B, D, height, width)."""
         x, d_y = (t.transpose(1, 2).unsqueeze(axis) for t in (x, d_y))
         pad = [weight.shape[-1] // 2] * 2
         pad[axis - 2] = 0

@@ -40,7 +40,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def encoder(monkeypatch):
-    """One that is recorded, and a function that gives its twin, which is not."""
+    """One that is recorded, and its twin, which is not."""
     torch.manual_seed(0)
     model = Conformer(CONFIG)
 
@@ -59,7 +59,7 @@ def encoder(monkeypatch):
             pass
 
     for name, value in {
-        "Stream": Stream, "current_stream": Stream, "set_stream": lambda stream: None,
+        "current_stream": Stream, "set_stream": lambda stream: None,
         "graph_pool_handle": int, "CUDAGraph": Recorder, "graph": recording,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
@@ -174,7 +174,7 @@ def test_on_a_gpu_dropout_included(precision):
             for p in model.parameters():
                 p.grad = None if p.grad is None else p.grad.zero_()
             with torch.autocast("cuda", precision, precision != torch.float32, cache_enabled=False):
-                out, _ = model(x.float().cuda(), n_frames.cuda())
+                out, _ = model(x.cuda(), n_frames.cuda())
             out.float().square().sum().backward()
             found.append([out.detach().clone(), *(p.grad.clone() for p in model.parameters())])
     for one, other in zip(found[:4], found[4:]):
