@@ -184,3 +184,17 @@ def test_a_table_of_masks_made_without_gradients_serves_training(monkeypatch):
     x.requires_grad_()
     layer(x).sum().backward()
     assert set(x.grad.unique().tolist()) <= {0.0, 2.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_masks_do_what_a_cpus_do(dtype):
+    """Bools in the place of integers; the operator that takes them is there on a CPU, too."""
+    x = torch.randn(5, 7).to(dtype)
+    bits = layers.dropout_mask(x.shape, 0.4, x)
+    bools = bits != 0
+    expected = torch.where(bools, x, 0)
+    assert 0 < bools.sum() < bools.numel()
+    assert torch.equal(layers.kept(x, bits), expected)
+    assert torch.equal(layers.kept(x, bools), expected)
+    assert torch.equal(layers.keep_(x.clone(), bools), expected)
+    assert layers.dropout_mask(x.shape, 0.4, x.to("meta")).dtype == torch.bool
