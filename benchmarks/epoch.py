@@ -18,6 +18,10 @@ outside of the loop measured; the epoch's last batch is not taken. With --num_wo
 begins with as many uncounted batches as workers may have read ahead while the bare step ran.
 
 Padding: the share of all feature frames that are padding, in the batches counted.
+
+On a GPU, --trace asks something else of the same scripts: in what share of the wall-clock of their
+fourth epoch (by then, nearly all shapes of batches are recorded) it runs kernels, by PyTorch's
+profiler.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from pathlib import Path
 
 import torch
 from speed import about, ctc, stage1, synchronize, updating, write_json
+from torch.autograd import DeviceType
 from tqdm import tqdm
 
 import finetune
@@ -60,9 +65,73 @@ def bare_step(stage: int, dataset: data.SpeechDataset, args):
             return ctc(model, features, n_frames, batch, precision)
 
     model.to(args.device)
+    model.encoder.compiled = args.compile
     if args.device.type == "cuda":
         record_steps(model.encoder)
     return model, updating(model, loss_of, args.precision)
+
+
+def run_script(stage: int, args, wrapped, epochs: int) -> None:
+    """A stage's script, from scratch, with its stream of batches wrapped until that raises
+    Enough."""
+    script, flag = (train, "--manifest") if stage == 1 else (finetune, "--train_manifest")
+    command = [
+        script.__file__, flag, args.manifest, "--size", args.size, "--epochs", epochs,
+        "--batch_size", args.batch_size, "--precision", args.precision, "--max_bad", args.max_bad,
+        "--device", args.device.type, "--num_workers", args.num_workers, "--save_every", 10**9,
+    ]  # fmt: skip
+    if stage == 1:
+        command += ["--independent_space", "--label", *args.label]
+    if args.compile:
+        command.append("--compile")
+    stream = data.stream
+    with tempfile.TemporaryDirectory() as out:
+        sys.argv = [*map(str, command), "--init", "none", "--out", out]
+        data.stream = wrapped
+        try:
+            with open(Path(out) / "output", "w") as output, redirect_stdout(output):
+                script.main()
+        except Enough:
+            pass
+        finally:
+            data.stream = stream
+
+
+def trace(stage: int, args) -> dict:
+    """Run a stage's script for four epochs, the last under the profiler."""
+    stream, found = data.stream, {}
+
+    def wrapped(dataset, batches, *rest, **more):
+        data.stream = stream  # the first stream is that of training
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        first, last = 3 * len(batches), 4 * len(batches) - 1  # without the step that ends it
+        began = heard = 0.0
+        source = stream(dataset, batches, *rest, **more)
+        for number in tqdm(range(last), unit=" steps", disable=not sys.stderr.isatty()):
+            if number == first + 1:  # behind the dev set and the checkpoint
+                torch.cuda.synchronize()
+                profiler.start()
+                began = time.perf_counter()
+            batch = next(source)
+            heard += int(batch.n_samples.sum()) / SAMPLE_RATE if began else 0.0
+            yield batch
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        profiler.stop()
+        events = profiler.profiler.kineto_results.events()
+        events = [e for e in events if e.device_type() == DeviceType.CUDA]
+        events = [e for e in events if not e.name().startswith(("Memcpy", "Memset"))]
+        busy = end = 0
+        for start, stop in sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events):
+            busy, end = busy + max(0, stop - max(start, end)), max(end, stop)
+        found.update(
+            stage=stage, steps=last - first - 1, audio_per_second=heard / seconds,
+            kernels=busy / 1e9 / seconds, kernels_a_step=len(events) / (last - first - 1),
+        )  # fmt: skip
+        raise Enough
+
+    run_script(stage, args, wrapped, epochs=4)
+    return found
 
 
 def measure(stage: int, args) -> dict:
@@ -114,24 +183,7 @@ def measure(stage: int, args) -> dict:
         raise Enough
 
     quiet = not sys.stderr.isatty()
-    script, flag = (train, "--manifest") if stage == 1 else (finetune, "--train_manifest")
-    command = [
-        script.__file__, flag, args.manifest, "--size", args.size, "--epochs", "1",
-        "--batch_size", args.batch_size, "--precision", args.precision, "--max_bad", args.max_bad,
-        "--device", args.device.type, "--num_workers", args.num_workers, "--save_every", 10**9,
-    ]  # fmt: skip
-    if stage == 1:
-        command += ["--independent_space", "--label", *args.label]
-    with tempfile.TemporaryDirectory() as out:
-        sys.argv = [*map(str, command), "--init", "none", "--out", out]
-        data.stream = wrapped
-        try:
-            with open(Path(out) / "output", "w") as output, redirect_stdout(output):
-                script.main()
-        except Enough:
-            pass
-        finally:
-            data.stream = stream
+    run_script(stage, args, wrapped, epochs=1)
     whole, reading, bare, heard = map(sum, zip(*slices))
     kept = [b / w for w, _, b, _ in slices]
     return {
@@ -164,16 +216,33 @@ def main() -> int:
     add("--precision", choices=list(runtime.DTYPES), default="fp32", help="(%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N", help="(%(default)s)")
+    add("--compile", action="store_true", help="as that of train.py and finetune.py")
+    add("--trace", action="store_true", help="the share of time in which a GPU runs kernels")
     add("--max_bad", type=at_least(0), default=0, metavar="N", help="rows to go without")
     add("--json", metavar="FILE", help="where all numbers go")
     # fmt: on
     args = parser.parse_args()
     args.device = runtime.setup(args.device).device
+    if args.trace and args.device.type != "cuda":
+        raise runtime.UserError("--trace is about a GPU: none is visible")
     settings = {k: v for k, v in vars(args).items() if k != "json"} | {"device": args.device.type}
     settings["threads"] = torch.get_num_threads()
     content = {"about": about(args.device), "arguments": settings, "results": []}
     write_json(args.json, content)
     print(" ".join(f"{k}={v}" for k, v in {**content["about"], **settings}.items()))
+    if args.trace:
+        print("| stage | steps | s of audio / s | time in kernels | kernels a step |")
+        print("|---|---:|---:|---:|---:|", flush=True)
+        for stage in args.stage:
+            one = trace(stage, args)
+            content["results"].append(one)
+            write_json(args.json, content)
+            print(
+                f"| {stage} | {one['steps']} | {one['audio_per_second']:.0f} | "
+                f"{one['kernels']:.1%} | {one['kernels_a_step']:.0f} |",
+                flush=True,
+            )
+        return 0
     print("| stage | steps | loop, s of audio / s | bare step | kept | waits for audio | padding |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for stage in args.stage:

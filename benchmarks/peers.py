@@ -119,7 +119,7 @@ def main() -> int:
     there = [name for name in PEERS if name == "ours" or importlib.util.find_spec(name)]
     if missing := set(args.peers or []) - set(there):
         raise runtime.UserError(f"not installed in this Python: {', '.join(sorted(missing))}")
-    common, content = prepare(args, compile=False)
+    common, content = prepare(args)
     print("| peer | task | precision | ours ms | theirs | theirs / ours | ours peak MB | theirs |")
     print("|---|---|---|---:|---:|---:|---:|---:|", flush=True)
     for peer, task, precision in product(args.peers or there, args.tasks, args.precision):

@@ -113,8 +113,9 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
     if encoder:
         model.encoder = encoder(config)
     model.to(world.device).train(task != "forward")
-    if spec["compile"]:
-        model.encoder.compile()
+    if encoder and spec["compile"]:
+        model.encoder.compile(mode="reduce-overhead")  # which on a GPU records, as ours does
+    model.encoder.compiled = spec["compile"]
     model.encoder.checkpointing = spec.get("activation_checkpointing", False)
     on_cpu = world.device.type == "cpu"
     if not (on_cpu or encoder or spec["eager"] or world.size > 1):  # as train.py does
@@ -122,7 +123,10 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
     batch = noise(spec, world.rank).to(world.device)
     loss_of = stage1 if first else ctc
     update = updating(model, loss_of, precision) if task.endswith("_update") else None
-    gradients = torch.optim.SGD(model.parameters())  # zeroes them
+    gradients = torch.optim.SGD(model.parameters(), foreach=True)  # zeroes them
+    if not on_cpu and task != "forward":  # a GPU adds to them; no record of a step may own them
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
     def step():
         if task == "forward":
@@ -162,7 +166,7 @@ def worker(spec: dict, encoders: dict | None = None) -> int:
     runtime.check_precision(spec["precision"], world.device)
     torch.set_num_threads(spec["threads"])
     steps, found = {}, {}
-    hold = spec["task"] == "forward" and not spec["compile"]  # as decode.py does
+    hold = spec["task"] == "forward"  # as decode.py does
 
     def timed(name):
         began = time.perf_counter()
@@ -257,6 +261,9 @@ def arguments(description: str, tasks: list[str]) -> argparse.ArgumentParser:
         help="auto: a GPU if there is one (%(default)s)")
     add("--eager", action="store_true",
         help="ours too starts each of a GPU's kernels by itself, instead of replaying records")
+    add("--compile", action="store_true",
+        help="training by torch.compile: layers of ours, other encoders as a whole; the first step "
+             "takes a minute (first_ms)")
     add("--json", metavar="FILE", help="where all numbers go")
     add("--worker", help=argparse.SUPPRESS)
     # fmt: on
@@ -267,8 +274,8 @@ def prepare(args, **fixed) -> tuple[dict, dict]:
     """What all points share, for launch(), and what --json will hold; both checked and shown."""
     device = runtime.setup(args.device).device
     for precision in args.precision:
-        runtime.check_precision(precision, device)
-    names = ("size", "batch", "seconds", "repeats", "threads", "eager")
+        runtime.check_precision(precision, device, args.compile)
+    names = ("size", "batch", "seconds", "repeats", "threads", "eager", "compile")
     common = {k: getattr(args, k) for k in names} | {"device": device.type, "processes": 1, **fixed}
     content = {"about": about(device), "synthetic": True, "results": []}
     write_json(args.json, content)
@@ -278,15 +285,12 @@ def prepare(args, **fixed) -> tuple[dict, dict]:
 
 def main() -> int:
     parser = arguments(__doc__, TASKS)
-    text = "the encoder by torch.compile, which takes minutes (first_ms)"
-    parser.add_argument("--compile", action="store_true", help=text)
     text = "as that of train.py and finetune.py"
     parser.add_argument("--activation_checkpointing", action="store_true", help=text)
     args = parser.parse_args()
     if args.worker:
         return worker(json.loads(args.worker))
-    own = {k: getattr(args, k) for k in ("compile", "activation_checkpointing")}
-    common, content = prepare(args, **own)
+    common, content = prepare(args, activation_checkpointing=args.activation_checkpointing)
     print("| task | precision | median ms | min | max | s of audio / s | peak MB |")
     print("|---|---|---:|---:|---:|---:|---:|", flush=True)
     for task, precision in product(args.tasks, args.precision):

@@ -236,11 +236,10 @@ class RelativeAttention(nn.Module):
         """(B, N, D), (B, N) bool, None or (N, N) bool: the keys that a query may see, (P, D) of
         relative_positions() -> (B, N, D)."""
         attend = self.by_hand if x.device.type == "cpu" else self.fused
-        dropout = self.dropout if self.training else 0.0
-        return self.linear_out(attend(x, valid, context, positions, dropout))
+        return attend(x, valid, context, positions, self.dropout if self.training else 0.0)
 
     def fused(self, x, valid, context, positions, dropout):
-        """forward() before linear_out, on a GPU: by PyTorch's fused attention. What a key scores
+        """forward() on a GPU: by PyTorch's fused attention. What a key scores
         for its position, and the masks, come as numbers to add to the scores; no other (N, N)
         matrices are kept."""
         h, n, d = self.n_heads, x.shape[1], x.shape[2] // self.n_heads
@@ -263,15 +262,14 @@ class RelativeAttention(nn.Module):
         of_u, of_v = (F.pad(b, (0, room)).to(dtype) for b in (self.pos_bias_u, self.pos_bias_v))
         # (H, B N, d) by (H, d, P)
         scores = torch.bmm(((q + of_v) * d**-0.5).flatten(0, 1).transpose(0, 1), p.permute(1, 2, 0))
-        scores = by_key(scores.unflatten(1, (-1, n)), n).transpose(0, 1)  # (B, H, N, N)
         seen = valid[:, None, None] if context is None else valid[:, None, None] & context
-        scores = scores + (seen.to(dtype) - 1) * 1e4  # finite: a row without any key stays a number
+        mask = (seen.to(dtype) - 1) * 1e4  # finite: a row without any key stays a number
         q, k, v = ((q + of_u).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        y = F.scaled_dot_product_attention(q, k, v, scores, dropout, scale=d**-0.5)
-        return y[..., :d].transpose(1, 2).flatten(2)
+        y = _fused_attention(q, k, v, scores.unflatten(1, (-1, n)), mask, dropout, d**-0.5)
+        return self.linear_out(y[..., :d].transpose(1, 2).flatten(2))
 
     def by_hand(self, x, valid, context, positions, dropout):
-        """forward() before linear_out, on a CPU, where products for each part take less time than
+        """forward() on a CPU, where products for each part take less time than
         PyTorch's fused attention (RESULTS.md)."""
         h = self.n_heads
         weight, bias, weight_p = once(self.extended, dropout)
@@ -281,7 +279,7 @@ class RelativeAttention(nn.Module):
         padding = (valid.to(qkv.dtype) - 1) * 1e4
         if context is not None:
             context = (context.to(qkv.dtype) - 1) * 1e4
-        return _Attention.apply(qkv, p, padding, context, dropout)
+        return self.linear_out(_Attention.apply(qkv, p, padding, context, dropout))
 
     def extended(self, dropout: float):
         """The weight (3 H (d + 4), D) and bias of one product for q, k and v, and the weight
@@ -311,6 +309,30 @@ class RelativeAttention(nn.Module):
         p = torch.cat([p, (v_p * p).sum(1, keepdim=True), zeros[:, 1:, 1:]], 1)
         weight, bias = both.split(weight.shape[1], dim=1)
         return weight, bias.squeeze(1), p.flatten(0, 1)
+
+
+@torch.compiler.disable  # compiled, the shift takes ten times as long: it divides each index
+def _fused_attention(q, k, v, scores, mask, dropout: float, scale: float):
+    """(B, H, N, d) three times, scores by position (H, B, N, W), mask (B, 1, 1 or N, N) to add ->
+    (B, H, N, d)."""
+    scores = _MaskedByKey.apply(scores, mask, q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, scores, dropout, scale=scale)
+
+
+class _MaskedByKey(torch.autograd.Function):
+    """by_key() and a mask, (H, B, N, W), (B, 1, 1 or N, N) -> (B, H, N, N), with a gradient of one
+    pass over zeros; PyTorch's takes one for each of the slices."""
+
+    @staticmethod
+    def forward(ctx, scores, mask, n):
+        ctx.shape = scores.shape
+        return by_key(scores, n).transpose(0, 1) + mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        d_scores = grad.new_zeros(ctx.shape)
+        by_key(d_scores, grad.shape[-1]).copy_(grad.transpose(0, 1))
+        return d_scores, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -419,11 +441,11 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x, valid):
-        """(B, T', D), (B, T', 1) of 0 and 1 -> (B, T', D). Evaluation uses the running
+        """(B, T', D), (B, T', 1) of 0 and 1 -> (B, T', D), float32. Evaluation uses the running
         statistics."""
         if not self.training:
             scale, shift = once(self.scale_and_shift)
-            return torch.addcmul(shift, x, scale).to(x.dtype)
+            return torch.addcmul(shift, x, scale)
         y, mean, variance, count = _BatchNorm.apply(x, valid, self.weight, self.bias, self.eps)
         with torch.no_grad():
             unbiased = variance * count / (count - 1).clamp(min=1)
@@ -461,7 +483,12 @@ class _BatchNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, variance, count)
         scale = weight * rate
         y = torch.addcmul(bias + (center - mean) * scale, centred, scale)
-        return y.to(x.dtype), mean, variance, count
+        return (
+            y,
+            mean,
+            variance,
+            count,
+        )  # no y.to(): compiled, that loses the gradient (PyTorch 2.11)
 
     @staticmethod
     def backward(ctx, d_y, *_):
@@ -653,6 +680,7 @@ class Conformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # of activations: in training, keep each layer's input only
+        self.compiled = False  # layers by torch.compile, in training
         self.pre_encode = Subsampling(config)
         before = config.dropout_pre_encoder
         self.dropout = Dropout(config.dropout if before is None else before)
@@ -672,15 +700,25 @@ class Conformer(nn.Module):
         context = None  # a query may see all keys but padding
         if self.config.att_context != (-1, -1):
             context = _within(self.config.att_context, x.shape[1], x.device)
+        compiled = self.compiled and torch.is_grad_enabled()
+        encode = _compiled_layer() if compiled else ConformerLayer.__call__
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 contexts = functools.partial(_once_and_again, layer)
                 x = checkpoint(
-                    layer, x, valid, context, positions, use_reentrant=False, context_fn=contexts
-                )
+                    encode, layer, x, valid, context, positions,
+                    use_reentrant=False, context_fn=contexts,
+                )  # fmt: skip
             else:
-                x = layer(x, valid, context, positions)
+                x = encode(layer, x, valid, context, positions)
         return x, lengths
+
+
+@functools.cache
+def _compiled_layer():
+    """ConformerLayer.forward by torch.compile: once for all layers and batches of any shape, with
+    the random numbers of one that is not compiled."""
+    return torch.compile(ConformerLayer.forward, dynamic=True, options={"fallback_random": True})
 
 
 def _once_and_again(layer):

@@ -226,10 +226,13 @@ def seed_everything(seed: int, *stream: int) -> None:
     torch.manual_seed(int(state) >> 1)
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """UserError for fp16 without a GPU; a warning for bf16 on a CPU that has no such products."""
+def check_precision(precision: str, device: torch.device, compiled: bool = False) -> None:
+    """UserError for fp16 or --compile without a GPU; a warning for bf16 on a CPU that has no such
+    products."""
     if precision == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if compiled and device.type != "cuda":
+        raise UserError("--compile is for a GPU; the layers' own way on a CPU is faster")
     onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
     slow = device.type == "cpu" and not (onednn and onednn._is_mkldnn_bf16_supported())
     if precision == "bf16" and slow and os.environ.get("RANK", "0") == "0":

@@ -1,6 +1,6 @@
 """Recorded training steps, on a CPU with a recorder in the place of CUDA's graphs: it notes every
-operation with the tensors that it was given, and runs the same again into the same memory. Where
-there is a GPU, the real ones too."""
+operation with the tensors that it was given, and runs the same again into the same memory. And
+compiled layers, as traced for a GPU and run by PyTorch. Where there is a GPU, the real ones too."""
 
 import copy
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fairasr_min import graphs
-from fairasr_min.conformer import Conformer, ConformerConfig
+from fairasr_min import conformer, graphs, layers
+from fairasr_min.conformer import Conformer, ConformerConfig, ConformerLayer, RelativeAttention
 
 CONFIG = ConformerConfig(
     d_model=16, n_layers=2, n_heads=2, conv_kernel=5, subsampling_channels=4, dropout=0,
@@ -159,23 +159,64 @@ def test_a_gradient_that_was_put_away_is_missed(encoder):
         model(*batch(1, 70))[0].sum().backward()
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """A GPU's paths, traced by torch.compile, on a CPU without generated code."""
+    traced = torch.compile(ConformerLayer.forward, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(conformer, "_compiled_layer", lambda: traced)
+    monkeypatch.setattr(RelativeAttention, "by_hand", RelativeAttention.fused)
+    monkeypatch.setattr(layers, "_onednn_takes", lambda dtype: False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_have_the_gradients_of_others(traced, checkpointing):
+    torch.manual_seed(0)
+    plain = Conformer(CONFIG)
+    model = copy.deepcopy(plain)
+    model.compiled, model.checkpointing = True, checkpointing
+    for i, frames in enumerate([100, 60, 99]):
+        same(step(model, *batch(i, frames)), step(plain, *batch(i, frames)))
+        same(dict(model.named_buffers()), dict(plain.named_buffers()))
+    stats = torch._dynamo.utils.counters["stats"]
+    assert 0 < stats["unique_graphs"] < 8  # once for both layers and all lengths
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        same(model(*batch(0, 70)), plain(*batch(0, 70)))
+
+
+def gpu_steps(compiled, recorded, precision, dropout=0.1):
+    """Output and gradients of four steps."""
+    torch.manual_seed(0)
+    model = Conformer(replace(CONFIG, dropout=dropout, dropout_att=dropout)).cuda()
+    model.compiled = compiled
+    if recorded:
+        graphs.record_steps(model)
+    found = []
+    for i in range(4):
+        torch.manual_seed(i)
+        x, n_frames = batch(i, 96)
+        for p in model.parameters():
+            p.grad = None if p.grad is None else p.grad.zero_()
+        with torch.autocast("cuda", precision, precision != torch.float32, cache_enabled=False):
+            out, _ = model(x.cuda(), n_frames.cuda())
+        out.float().square().sum().backward()
+        found.append([out.detach().clone(), *(p.grad.clone() for p in model.parameters())])
+    return found
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_dropout_included(precision):
-    found = []
-    for recorded in (False, True):
-        torch.manual_seed(0)
-        model = Conformer(replace(CONFIG, dropout=0.1, dropout_att=0.1)).cuda()
-        if recorded:
-            graphs.record_steps(model)
-        for i in range(4):
-            torch.manual_seed(i)
-            x, n_frames = batch(i, 96)
-            for p in model.parameters():
-                p.grad = None if p.grad is None else p.grad.zero_()
-            with torch.autocast("cuda", precision, precision != torch.float32, cache_enabled=False):
-                out, _ = model(x.cuda(), n_frames.cuda())
-            out.float().square().sum().backward()
-            found.append([out.detach().clone(), *(p.grad.clone() for p in model.parameters())])
-    for one, other in zip(found[:4], found[4:]):
+    for one, other in zip(gpu_steps(False, False, precision), gpu_steps(False, True, precision)):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiled_on_a_gpu(dropout):
+    plain = gpu_steps(False, False, torch.float32, dropout)
+    for recorded in (False, True):
+        for one, other in zip(plain, gpu_steps(True, recorded, torch.float32, dropout)):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
