@@ -242,7 +242,7 @@ class RelativeAttention(nn.Module):
         """forward() on a GPU: by PyTorch's fused attention. What a key scores
         for its position, and the masks, come as numbers to add to the scores; no other (N, N)
         matrices are kept."""
-        h, n, d = self.n_heads, x.shape[1], x.shape[2] // self.n_heads
+        n, (h, d) = x.shape[1], self.pos_bias_u.shape
         dtype, room = product_type(x), -d % 8  # heads of a multiple of 8 numbers: aligned rows
 
         def widened(of_heads):  # (..., H, d, D) -> (..., H, d + room, D)
@@ -265,7 +265,7 @@ class RelativeAttention(nn.Module):
         seen = valid[:, None, None] if context is None else valid[:, None, None] & context
         mask = (seen.to(dtype) - 1) * 1e4  # finite: a row without any key stays a number
         q, k, v = ((q + of_u).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        y = _fused_attention(q, k, v, scores.unflatten(1, (-1, n)), mask, dropout, d**-0.5)
+        y = _fused_attention(q, k, v, scores.unflatten(1, (-1, n)), mask, dropout, d)
         return self.linear_out(y[..., :d].transpose(1, 2).flatten(2))
 
     def by_hand(self, x, valid, context, positions, dropout):
@@ -312,11 +312,11 @@ class RelativeAttention(nn.Module):
 
 
 @torch.compiler.disable  # compiled, the shift takes ten times as long: it divides each index
-def _fused_attention(q, k, v, scores, mask, dropout: float, scale: float):
-    """(B, H, N, d) three times, scores by position (H, B, N, W), mask (B, 1, 1 or N, N) to add ->
-    (B, H, N, d)."""
+def _fused_attention(q, k, v, scores, mask, dropout: float, d: int):
+    """(B, H, N, d and more) three times, scores by position (H, B, N, W), mask (B, 1, 1 or N, N) to
+    add -> as v."""
     scores = _MaskedByKey.apply(scores, mask, q.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, scores, dropout, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, scores, dropout, scale=d**-0.5)
 
 
 class _MaskedByKey(torch.autograd.Function):
@@ -483,12 +483,8 @@ class _BatchNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, variance, count)
         scale = weight * rate
         y = torch.addcmul(bias + (center - mean) * scale, centred, scale)
-        return (
-            y,
-            mean,
-            variance,
-            count,
-        )  # no y.to(): compiled, that loses the gradient (PyTorch 2.11)
+        # no y.to(x.dtype): one that changes nothing loses the gradient, compiled (PyTorch 2.11)
+        return y, mean, variance, count
 
     @staticmethod
     def backward(ctx, d_y, *_):

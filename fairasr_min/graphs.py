@@ -7,6 +7,8 @@ were in memory; dropout's random numbers are new each time, the same as without 
 """
 
 import functools
+import gc
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -69,12 +71,10 @@ class _Record:
     def __init__(self, graphs, features, n_frames):
         self.features, self.n_frames = features.clone(), n_frames.clone()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # thread_local: the thread that pins memory may go on
-        options = {"pool": graphs.pool, "stream": _stream(), "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.forward, **options):
+        with _recording(self.forward, graphs.pool):
             out, self.lengths = graphs.eager(self.features, self.n_frames)
         self.d_out = torch.empty_like(out)
-        with torch.autocast("cuda", enabled=False), torch.cuda.graph(self.backward, **options):
+        with torch.autocast("cuda", enabled=False), _recording(self.backward, graphs.pool):
             grads = torch.autograd.grad(out, graphs.parameters, self.d_out)
             # laid out alike, or each would be added by a kernel of its own
             grads = [
@@ -83,6 +83,24 @@ class _Record:
             ]
             torch._foreach_add_(graphs.grads, grads)
         self.out = out.detach()
+
+
+@contextmanager
+def _recording(graph, pool):
+    """What is inside goes into the graph. No garbage is collected meanwhile: among it may be the
+    graph of a model that is gone, and to free that breaks the recording (pytorch/pytorch#161037).
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        # thread_local: the thread that pins memory may go on
+        with torch.cuda.graph(
+            graph, pool=pool, stream=_stream(), capture_error_mode="thread_local"
+        ):
+            yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _Replay(torch.autograd.Function):

@@ -3,6 +3,7 @@ operation with the tensors that it was given, and runs the same again into the s
 compiled layers, as traced for a GPU and run by PyTorch. Where there is a GPU, the real ones too."""
 
 import copy
+import gc
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -117,6 +118,21 @@ def test_weights_may_change_between_steps(encoder):
             step(one, *batch(i, 70))
             optimizer.step()
     same(model.state_dict(), plain.state_dict())
+
+
+def test_no_garbage_is_collected_while_recording(encoder, monkeypatch):
+    """It may hold another model's graphs, which cannot be freed then."""
+    model, _ = encoder
+    seen, eager = [], model.forward.eager
+    model.forward.eager = lambda *x: seen.append(gc.isenabled()) or eager(*x)
+    for i in range(2):
+        step(model, *batch(i, 70))
+    assert seen == [True, False]  # at first sight, and when recorded
+    assert gc.isenabled()
+    gc.disable()
+    step(model, *batch(0, 100)), step(model, *batch(0, 100))
+    assert not gc.isenabled()  # as it was
+    gc.enable()
 
 
 def test_evaluation_and_checkpointing_are_not_recorded(encoder):
