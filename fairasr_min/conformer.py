@@ -239,9 +239,8 @@ class RelativeAttention(nn.Module):
         return attend(x, valid, context, positions, self.dropout if self.training else 0.0)
 
     def fused(self, x, valid, context, positions, dropout):
-        """forward() on a GPU: by PyTorch's fused attention. What a key scores
-        for its position, and the masks, come as numbers to add to the scores; no other (N, N)
-        matrices are kept."""
+        """forward() on a GPU: by PyTorch's fused attention. What a key scores for its position, and
+        the masks, come as numbers to add to the scores; no other (N, N) matrices are kept."""
         n, (h, d) = x.shape[1], self.pos_bias_u.shape
         dtype, room = product_type(x), -d % 8  # heads of a multiple of 8 numbers: aligned rows
 
@@ -269,8 +268,8 @@ class RelativeAttention(nn.Module):
         return self.linear_out(y[..., :d].transpose(1, 2).flatten(2))
 
     def by_hand(self, x, valid, context, positions, dropout):
-        """forward() on a CPU, where products for each part take less time than
-        PyTorch's fused attention (RESULTS.md)."""
+        """forward() on a CPU, where products for each part take less time than PyTorch's fused
+        attention (RESULTS.md)."""
         h = self.n_heads
         weight, bias, weight_p = once(self.extended, dropout)
         qkv = linear(x, weight, bias).view(*x.shape[:2], 3, h, -1).permute(2, 3, 0, 1, 4)

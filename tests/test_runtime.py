@@ -110,9 +110,11 @@ def test_seeds_of_steps_and_ranks_differ_and_repeat():
     assert len(set(seen)) == 6 and draw(0, 1, 1) == seen[3] and draw(1, 1, 1) != seen[3]
 
 
-def test_fp16_without_a_gpu_is_refused():
+def test_what_needs_a_gpu_is_refused_without():
     with pytest.raises(runtime.UserError, match="bf16"):
         runtime.check_precision("fp16", torch.device("cpu"))
+    with pytest.raises(runtime.UserError, match="--compile"):
+        runtime.check_precision("fp32", torch.device("cpu"), compiled=True)
 
 
 @pytest.mark.parametrize("supported", [True, False])
