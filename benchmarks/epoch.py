@@ -21,10 +21,11 @@ Padding: the share of all feature frames that are padding, in the batches counte
 
 On a GPU, --trace asks something else of the same scripts: in what share of the wall-clock of their
 fourth epoch (by then, nearly all shapes of batches are recorded) it runs kernels, by PyTorch's
-profiler.
+profiler. All batches of that epoch count, whatever --steps and --slice.
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
@@ -95,6 +96,7 @@ def run_script(stage: int, args, wrapped, epochs: int) -> None:
             pass
         finally:
             data.stream = stream
+    gc.collect()  # the model, which its records hold in a circle, before another one is made
 
 
 def trace(stage: int, args) -> dict:
@@ -105,6 +107,10 @@ def trace(stage: int, args) -> dict:
         data.stream = stream  # the first stream is that of training
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         first, last = 3 * len(batches), 4 * len(batches) - 1  # without the step that ends it
+        if len(batches) < 3:
+            raise runtime.UserError(
+                f"{len(batches)} steps an epoch of stage {stage} are too few; lower --batch_size"
+            )
         began = heard = 0.0
         source = stream(dataset, batches, *rest, **more)
         for number in tqdm(range(last), unit=" steps", disable=not sys.stderr.isatty()):
@@ -231,30 +237,21 @@ def main() -> int:
     write_json(args.json, content)
     print(" ".join(f"{k}={v}" for k, v in {**content["about"], **settings}.items()))
     if args.trace:
-        print("| stage | steps | s of audio / s | time in kernels | kernels a step |")
-        print("|---|---:|---:|---:|---:|", flush=True)
-        for stage in args.stage:
-            one = trace(stage, args)
-            content["results"].append(one)
-            write_json(args.json, content)
-            print(
-                f"| {stage} | {one['steps']} | {one['audio_per_second']:.0f} | "
-                f"{one['kernels']:.1%} | {one['kernels_a_step']:.0f} |",
-                flush=True,
-            )
-        return 0
-    print("| stage | steps | loop, s of audio / s | bare step | kept | waits for audio | padding |")
-    print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
+        ask, columns = trace, "stage | steps | s of audio / s | time in kernels | kernels a step"
+        row = "{stage} | {steps} | {audio_per_second:.0f} | {kernels:.1%} | {kernels_a_step:.0f}"
+    else:
+        ask = measure
+        columns = "stage | steps | loop, s/s | bare step | kept | waits for audio | padding"
+        row = (
+            "{stage} | {steps} | {whole_audio_per_second:.1f} | {bare_audio_per_second:.1f} | "
+            "{kept:.1%} | {waiting_for_batches:.1%} | {padding:.1%}"
+        )
+    print(f"| {columns} |\n|---|{'---:|' * columns.count('|')}", flush=True)
     for stage in args.stage:
-        one = measure(stage, args)
+        one = ask(stage, args)
         content["results"].append(one)
         write_json(args.json, content)
-        print(
-            f"| {stage} | {one['steps']} | {one['whole_audio_per_second']:.1f} | "
-            f"{one['bare_audio_per_second']:.1f} | {one['kept']:.1%} | "
-            f"{one['waiting_for_batches']:.1%} | {one['padding']:.1%} |",
-            flush=True,
-        )
+        print(f"| {row.format(**one)} |", flush=True)
     return 0
 
 

@@ -1,7 +1,7 @@
 """How long the steps of our scripts take, and how much memory.
 
     python benchmarks/speed.py --json speed.json
-    python benchmarks/speed.py --tasks forward ctc --precision bf16 --batch 16 --compile
+    python benchmarks/speed.py --tasks ctc --precision bf16 --batch 16 --device cuda --compile
 
 One batch of synthetic audio (noise; clips of one length; three units a second), front end included:
 
@@ -113,7 +113,7 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
     if encoder:
         model.encoder = encoder(config)
     model.to(world.device).train(task != "forward")
-    if encoder and spec["compile"]:
+    if encoder and spec["compile"] and task != "forward":
         model.encoder.compile(mode="reduce-overhead")  # which on a GPU records, as ours does
     model.encoder.compiled = spec["compile"]
     model.encoder.checkpointing = spec.get("activation_checkpointing", False)
@@ -262,8 +262,8 @@ def arguments(description: str, tasks: list[str]) -> argparse.ArgumentParser:
     add("--eager", action="store_true",
         help="ours too starts each of a GPU's kernels by itself, instead of replaying records")
     add("--compile", action="store_true",
-        help="training by torch.compile: layers of ours, other encoders as a whole; the first step "
-             "takes a minute (first_ms)")
+        help="training (not forward) by torch.compile: layers of ours, other encoders as a whole; "
+             "the first step takes a minute or two (first_ms)")
     add("--json", metavar="FILE", help="where all numbers go")
     add("--worker", help=argparse.SUPPRESS)
     # fmt: on

@@ -38,6 +38,7 @@ from fairasr_min.text import NORMALIZATION, Tokenizer
 FORMAT = 1
 MAY_DIFFER = {  # when resuming
     "out", "device", "max_steps", "num_workers", "resume_ckpt", "activation_checkpointing",
+    "compile",
 }  # fmt: skip
 _locks = []  # open files: closing one would give its folder free
 OURS = ("pretrained.pt", "model.pt", "checkpoint.pt", "previous.pt", "log.jsonl")

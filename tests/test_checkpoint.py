@@ -103,6 +103,8 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert checkpoint.resume(tmp_path / "new", arguments) is None
     run_folder(tmp_path, arguments)
     assert checkpoint.resume(tmp_path, {**arguments, "max_steps": None})["step"] == 2
+    newer = {**arguments, "compile": False}  # an argument that was not there when it began
+    assert checkpoint.resume(tmp_path, newer)["step"] == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
