@@ -356,7 +356,7 @@ def write_all(folder: Path, files: dict[str, str]) -> None:
 def main() -> int:
     args = arguments().parse_args()
     world = runtime.setup(args.device)
-    runtime.check_precision(args.precision, world.device)
+    runtime.check_supported(args.precision, world.device)
     if args.audio:
         model = checkpoint.recogniser(load_model_file(args, world)).to(world.device)
         for path in args.audio:

@@ -118,7 +118,7 @@ def main() -> int:
     parser = arguments()
     args = parser.parse_args()
     world = runtime.setup(args.device)
-    runtime.check_precision(args.precision, world.device, args.compile)
+    runtime.check_supported(args.precision, world.device, args.compile)
     if args.select == "worst" and not args.by:
         raise runtime.UserError("--select worst needs --by COL: the worst group of which column?")
 

@@ -123,7 +123,7 @@ def main() -> int:
     parser = arguments()
     args = parser.parse_args()
     world = runtime.setup(args.device)
-    runtime.check_precision(args.precision, world.device, args.compile)
+    runtime.check_supported(args.precision, world.device, args.compile)
     if args.batch_size * world.size == 1:
         raise runtime.UserError("--batch_size 1: nothing to contrast an utterance with; 2 or more")
 

@@ -105,12 +105,12 @@ def trace(stage: int, args) -> dict:
 
     def wrapped(dataset, batches, *rest, **more):
         data.stream = stream  # the first stream is that of training
-        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        first, last = 3 * len(batches), 4 * len(batches) - 1  # without the step that ends it
         if len(batches) < 3:
             raise runtime.UserError(
                 f"{len(batches)} steps an epoch of stage {stage} are too few; lower --batch_size"
             )
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        first, last = 3 * len(batches), 4 * len(batches) - 1  # without the step that ends it
         began = heard = 0.0
         source = stream(dataset, batches, *rest, **more)
         for number in tqdm(range(last), unit=" steps", disable=not sys.stderr.isatty()):
@@ -241,7 +241,8 @@ def main() -> int:
         row = "{stage} | {steps} | {audio_per_second:.0f} | {kernels:.1%} | {kernels_a_step:.0f}"
     else:
         ask = measure
-        columns = "stage | steps | loop, s/s | bare step | kept | waits for audio | padding"
+        columns = "stage | steps | loop, s of audio / s | bare step | kept | "
+        columns += "waits for audio | padding"
         row = (
             "{stage} | {steps} | {whole_audio_per_second:.1f} | {bare_audio_per_second:.1f} | "
             "{kept:.1%} | {waiting_for_batches:.1%} | {padding:.1%}"

@@ -165,7 +165,7 @@ def main() -> int:
     args = arguments()
     device = runtime.setup(args.device).device
     for precision in args.precision:
-        runtime.check_precision(precision, device)
+        runtime.check_supported(precision, device)
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "plot", "rounds")}
     settings["device"] = device.type
     content = {"about": about(device), "arguments": settings, "synthetic": True, "results": []}

@@ -113,9 +113,10 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
     if encoder:
         model.encoder = encoder(config)
     model.to(world.device).train(task != "forward")
-    if encoder and spec["compile"] and task != "forward":
+    if not encoder:
+        model.encoder.compiled = spec["compile"]
+    elif spec["compile"] and task != "forward":
         model.encoder.compile(mode="reduce-overhead")  # which on a GPU records, as ours does
-    model.encoder.compiled = spec["compile"]
     model.encoder.checkpointing = spec.get("activation_checkpointing", False)
     on_cpu = world.device.type == "cpu"
     if not (on_cpu or encoder or spec["eager"] or world.size > 1):  # as train.py does
@@ -124,7 +125,7 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
     loss_of = stage1 if first else ctc
     update = updating(model, loss_of, precision) if task.endswith("_update") else None
     gradients = torch.optim.SGD(model.parameters(), foreach=True)  # zeroes them
-    if not on_cpu and task != "forward":  # a GPU adds to them; no record of a step may own them
+    if not on_cpu and task != "forward":  # to add to: new ones might lie in memory of a record
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
@@ -163,7 +164,7 @@ def peak_mb(device: torch.device) -> float | None:
 def worker(spec: dict, encoders: dict | None = None) -> int:
     """In the fresh process: measure, print one line of JSON. Several encoders take turns."""
     world = runtime.setup(spec["device"])
-    runtime.check_precision(spec["precision"], world.device)
+    runtime.check_supported(spec["precision"], world.device)
     torch.set_num_threads(spec["threads"])
     steps, found = {}, {}
     hold = spec["task"] == "forward"  # as decode.py does
@@ -274,7 +275,7 @@ def prepare(args, **fixed) -> tuple[dict, dict]:
     """What all points share, for launch(), and what --json will hold; both checked and shown."""
     device = runtime.setup(args.device).device
     for precision in args.precision:
-        runtime.check_precision(precision, device, args.compile)
+        runtime.check_supported(precision, device, args.compile)
     names = ("size", "batch", "seconds", "repeats", "threads", "eager", "compile")
     common = {k: getattr(args, k) for k in names} | {"device": device.type, "processes": 1, **fixed}
     content = {"about": about(device), "synthetic": True, "results": []}

@@ -310,8 +310,9 @@ class RelativeAttention(nn.Module):
         return weight, bias.squeeze(1), p.flatten(0, 1)
 
 
-# Compiled, the shift takes ten times as long: it divides each index. (torch.compiler.disable is the
-# same, but imports the compiler at once: a second and 100 MB, for whoever does not use it.)
+# Compiled, the shift takes ten times as long as its reads and writes: each index is divided by
+# lengths that are variables. (torch.compiler.disable is the same, but imports the compiler at once:
+# a second and 100 MB, for whoever does not use it.)
 @torch._disable_dynamo
 def _fused_attention(q, k, v, scores, mask, dropout: float, d: int):
     """(B, H, N, d and more) three times, scores by position (H, B, N, W), mask (B, 1, 1 or N, N) to

@@ -357,7 +357,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write(args) -> None:
     world = runtime.setup(args.device)
-    runtime.check_precision(args.precision, world.device)
+    runtime.check_supported(args.precision, world.device)
     if (out := Path(args.out)).is_dir():
         raise UserError(f"--out {out} is a folder; name a file, such as {out / 'embeddings.npz'}")
     if out.resolve() in (Path(args.manifest).resolve(), Path(args.model).resolve()):

@@ -226,7 +226,7 @@ def seed_everything(seed: int, *stream: int) -> None:
     torch.manual_seed(int(state) >> 1)
 
 
-def check_precision(precision: str, device: torch.device, compiled: bool = False) -> None:
+def check_supported(precision: str, device: torch.device, compiled: bool = False) -> None:
     """UserError for fp16 or --compile without a GPU; a warning for bf16 on a CPU that has no such
     products."""
     if precision == "fp16" and device.type != "cuda":

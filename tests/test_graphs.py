@@ -220,7 +220,7 @@ def test_compiled_layers_have_the_gradients_of_others(traced, dropout, checkpoin
         same(model(*batch(0, 70)), plain(*batch(0, 70)))
 
 
-def gpu_steps(compiled, recorded, precision, dropout=0.1):
+def gpu_steps(precision, dropout=0.1, compiled=False, recorded=False):
     """Output and gradients of four steps."""
     torch.manual_seed(0)
     model = Conformer(replace(CONFIG, dropout=dropout, dropout_att=dropout)).cuda()
@@ -243,14 +243,16 @@ def gpu_steps(compiled, recorded, precision, dropout=0.1):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_dropout_included(precision):
-    for one, other in zip(gpu_steps(False, False, precision), gpu_steps(False, True, precision)):
+    plain = gpu_steps(precision)
+    for one, other in zip(plain, gpu_steps(precision, recorded=True)):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_compiled_on_a_gpu(dropout):
-    plain = gpu_steps(False, False, torch.float32, dropout)
+    plain = gpu_steps(torch.float32, dropout)
     for recorded in (False, True):
-        for one, other in zip(plain, gpu_steps(True, recorded, torch.float32, dropout)):
+        found = gpu_steps(torch.float32, dropout, compiled=True, recorded=recorded)
+        for one, other in zip(plain, found):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -115,6 +115,12 @@ def test_the_audit_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_the_compiler_is_loaded_only_where_it_is_asked_for():
+    """It takes a second and 100 MB."""
+    code = "import sys, evaluate\nsys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("module", HERE)
 def test_only_audio_knows_the_audio_libraries(module):
     used = tops(imports_of(module)) & {"torchaudio", "soundfile"}

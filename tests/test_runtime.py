@@ -112,9 +112,9 @@ def test_seeds_of_steps_and_ranks_differ_and_repeat():
 
 def test_what_needs_a_gpu_is_refused_without():
     with pytest.raises(runtime.UserError, match="bf16"):
-        runtime.check_precision("fp16", torch.device("cpu"))
+        runtime.check_supported("fp16", torch.device("cpu"))
     with pytest.raises(runtime.UserError, match="--compile"):
-        runtime.check_precision("fp32", torch.device("cpu"), compiled=True)
+        runtime.check_supported("fp32", torch.device("cpu"), compiled=True)
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -122,6 +122,6 @@ def test_bf16_on_a_cpu_without_it_is_slow_and_says_so(monkeypatch, capsys, suppo
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     for precision in ("fp32", "bf16"):
-        runtime.check_precision(precision, torch.device("cpu"))
+        runtime.check_supported(precision, torch.device("cpu"))
     warned = capsys.readouterr().err
     assert warned.count("warning: this CPU") == (0 if supported else 1)
