@@ -7,7 +7,9 @@ Shapes: D numbers in, D2 numbers out, B batch; "..." any dimensions before.
 
 import functools
 import math
+import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -57,21 +59,37 @@ def linear(x, weight, bias=None, then: str = "none"):
     oneDNN, which adds the bias (and without a gradient takes what follows) on the way, by the
     operator that torch.compile would call; and in float32 uses the whole vector width of the
     machine. PyTorch's own way there is MKL, which of 512 bits takes half where Intel did not build
-    the CPU, and twice the time; of 256 it takes all."""
-    dtype = product_type(x)
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and _onednn_takes(dtype):
+    the CPU, and twice the time."""
+    dtype, rows = product_type(x), x.shape[:-1]
+    onednn = x.device.type == "cpu" and _onednn_takes(dtype)
+    if onednn and not torch.is_grad_enabled():
         weight, bias = once(_onednn_operands, weight, bias, dtype)
         return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, then, [], "")
-    if _by_convolution(x):
-        # which oneDNN computes, too, and PyTorch has a gradient for; a kernel of 1 has nothing to
-        # dilate: it only keeps PyTorch from its own loops on one thread
-        y = F.conv2d(_image(x), weight[:, :, None, None], bias, dilation=2)
-        y = y.permute(0, 2, 3, 1).view(*x.shape[:-1], len(weight))
+    if onednn and dtype == torch.float32:
+        y = _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, rows)
     else:
         y = F.linear(x, weight, bias)
     if then == "swish":
         return F.silu(y)
     return F.relu_(y) if then == "relu" else y
+
+
+class _Linear(torch.autograd.Function):
+    """linear() in float32 on a CPU, with a gradient, for which oneDNN's operator has none."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        """(N, D), (D2, D), (D2,) or None -> (N, D2)."""
+        ctx.save_for_backward(x, weight)
+        ctx.bias = bias is not None
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, weight = ctx.saved_tensors
+        d_x = input_gradient(d_y, weight) if ctx.needs_input_grad[0] else None
+        d_bias = d_y.sum(0) if ctx.bias else None
+        return d_x, transposed_product(d_y, x), d_bias
 
 
 def _onednn_operands(weight, bias, dtype):
@@ -107,10 +125,13 @@ def input_gradient(d_y, weight):
 
 def transposed_product(y, x):
     """The weight gradient of linear(): (..., D2), (..., D) -> y^T x (D2, D)."""
-    if not _by_convolution(x):
-        return y.flatten(0, -2).t() @ x.flatten(0, -2)
-    shape = (y.shape[-1], x.shape[-1], 1, 1)
-    return nn.grad.conv2d_weight(_image(x), shape, _image(y), dilation=2)[:, :, 0, 0]
+    if _by_convolution(x):
+        shape = (y.shape[-1], x.shape[-1], 1, 1)
+        return nn.grad.conv2d_weight(_image(x), shape, _image(y), dilation=2)[:, :, 0, 0]
+    y, x = y.flatten(0, -2), x.flatten(0, -2)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and y.shape[1] < x.shape[1]:
+        return (x.t() @ y).t()  # of more rows than columns, MKL takes down to 0.8 of the time
+    return y.t() @ x
 
 
 def _by_convolution(x) -> bool:
@@ -119,12 +140,19 @@ def _by_convolution(x) -> bool:
     return x.dtype == torch.float32 and _onednn_takes(x.dtype) and _mkl_takes_half()
 
 
+CPU_INFO = Path("/proc/cpuinfo")  # Linux's
+
+
 @functools.cache
 def _mkl_takes_half() -> bool:
     """Are there vectors of 512 bits, and has not Intel built them? Elsewhere MKL takes all, and
-    oneDNN's gradient of a weight up to two (512 bits) or four times (256) as long."""
+    oneDNN's gradient of a weight up to two (512 bits) or four times (256) as long. AMD's family 25
+    (Zen 4) takes 512 bits in two turns: there, MKL's half is all."""
     cpu = torch.cpu.get_capabilities()
-    return cpu.get("avx512_f", False) and not cpu.get("cpu_name", "").startswith("Intel")
+    if not cpu.get("avx512_f", False) or cpu.get("cpu_name", "").startswith("Intel"):
+        return False
+    text = CPU_INFO.read_text() if CPU_INFO.exists() else ""
+    return not re.search(r"^cpu family\s*: 25$", text, re.MULTILINE)
 
 
 def _image(x):

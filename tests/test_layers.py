@@ -39,15 +39,23 @@ def test_linear_without_a_gradient_takes_tensors_however_they_lie_in_memory(dtyp
 
 
 @pytest.mark.parametrize(
-    "cpu, half",
+    "cpu, family, half",
     [
-        ({"avx512_f": True, "cpu_name": "AMD EPYC"}, True),
-        ({"avx512_f": True, "cpu_name": "Intel Xeon"}, False),
-        ({"avx512_f": False, "cpu_name": "AMD EPYC"}, False),
-        ({}, False),
+        ({"avx512_f": True, "cpu_name": "AMD EPYC"}, 26, True),
+        ({"avx512_f": True, "cpu_name": "AMD EPYC"}, 25, False),  # in two turns
+        ({"avx512_f": True, "cpu_name": "AMD EPYC"}, None, True),  # not Linux
+        ({"avx512_f": True, "cpu_name": "Intel Xeon"}, 6, False),
+        ({"avx512_f": False, "cpu_name": "AMD EPYC"}, 25, False),
+        ({}, None, False),
     ],
 )
-def test_convolutions_take_the_place_of_products_where_mkl_takes_half(monkeypatch, cpu, half):
+def test_convolutions_take_the_place_of_products_where_mkl_takes_half(
+    monkeypatch, tmp_path, cpu, family, half
+):
+    system = tmp_path / "cpuinfo"
+    if family:
+        system.write_text(f"processor\t: 0\ncpu family\t: {family}\nmodel\t\t: 17\n")
+    monkeypatch.setattr(layers, "CPU_INFO", system)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     assert layers._mkl_takes_half.__wrapped__() == half
 
@@ -67,9 +75,10 @@ def test_linear_is_pytorchs(monkeypatch, threads, half):
     torch.set_num_threads(before)
     for theirs, ours in zip(*results):
         assert theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-5)
-    y, x = torch.randn(2, 3, 5), torch.randn(2, 3, 6)
-    expected = torch.einsum("bni,bnj->ij", y, x)
-    assert torch.allclose(layers.transposed_product(y, x), expected, atol=1e-5)
+    for d2, d in ((5, 6), (6, 5)):
+        y, x = torch.randn(2, 3, d2), torch.randn(2, 3, d)
+        expected = torch.einsum("bni,bnj->ij", y, x)
+        assert torch.allclose(layers.transposed_product(y, x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
