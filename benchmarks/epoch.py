@@ -99,6 +99,18 @@ def run_script(stage: int, args, wrapped, epochs: int) -> None:
     gc.collect()  # the model, which its records hold in a circle, before another one is made
 
 
+def kernels(profiler, device: DeviceType) -> tuple[int, float]:
+    """How many kernels ran on the device, copies not counted, and for how many seconds any of them
+    did: they may overlap."""
+    events = profiler.profiler.kineto_results.events()
+    events = [e for e in events if e.device_type() == device]
+    events = [e for e in events if not e.name().startswith(("Memcpy", "Memset"))]
+    busy = end = 0
+    for start, stop in sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events):
+        busy, end = busy + max(0, stop - max(start, end)), max(end, stop)
+    return len(events), busy / 1e9
+
+
 def trace(stage: int, args) -> dict:
     """Run a stage's script for four epochs, the last under the profiler."""
     stream, found = data.stream, {}
@@ -124,15 +136,10 @@ def trace(stage: int, args) -> dict:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         profiler.stop()
-        events = profiler.profiler.kineto_results.events()
-        events = [e for e in events if e.device_type() == DeviceType.CUDA]
-        events = [e for e in events if not e.name().startswith(("Memcpy", "Memset"))]
-        busy = end = 0
-        for start, stop in sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events):
-            busy, end = busy + max(0, stop - max(start, end)), max(end, stop)
+        count, busy = kernels(profiler, DeviceType.CUDA)
         found.update(
             stage=stage, steps=last - first - 1, audio_per_second=heard / seconds,
-            kernels=busy / 1e9 / seconds, kernels_a_step=len(events) / (last - first - 1),
+            kernels=busy / seconds, kernels_a_step=count / (last - first - 1),
         )  # fmt: skip
         raise Enough
 

@@ -1,8 +1,14 @@
 """The benchmarks run, at toy size, and write what they found. How fast is not for a test."""
 
 import json
+import sys
+import time
+from types import SimpleNamespace
 
-from conftest import run
+import pytest
+import torch
+from conftest import ROOT, run
+from torch.autograd import DeviceType
 
 TOY = ["--size", "tiny", "--batch", 2, "--repeats", 1, "--threads", 1, "--device", "cpu"]
 
@@ -51,3 +57,45 @@ def test_an_epoch_through_the_scripts(demo, tmp_path):
     for stage, one in zip((1, 2), read(out), strict=True):
         assert one["stage"] == stage and one["steps"] == 2 * len(one["slices"]) == 2
         assert one["kept"] > 0 and 0 < one["padding"] < 1
+
+
+@pytest.fixture
+def epoch(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import epoch
+
+    yield epoch
+    for name in ("epoch", "speed"):
+        sys.modules.pop(name)
+
+
+def test_time_in_kernels_counts_what_overlaps_once_and_no_copies(epoch):
+    spans = [(5, 9), (7, 8), (30, 31), (8, 12), (12, 14), (20, 20), (2, 3)]
+    names = ["kernel"] * len(spans) + ["Memcpy HtoD", "Memset (Device)"]
+
+    def event(name, start, stop, device):
+        return SimpleNamespace(
+            name=lambda: name,
+            start_ns=lambda: start,
+            duration_ns=lambda: stop - start,
+            device_type=lambda: device,
+        )
+
+    on_gpu = [event(n, *s, DeviceType.CUDA) for n, s in zip(names, [*spans, (40, 60), (50, 70)])]
+    events = [*on_gpu, event("aten::mm", 0, 100, DeviceType.CPU)]
+    results = SimpleNamespace(events=lambda: events)
+    profiler = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+    busy = sum(any(start <= ns < stop for start, stop in spans) for ns in range(100))
+    count, seconds = epoch.kernels(profiler, DeviceType.CUDA)
+    assert count == len(spans) and seconds * 1e9 == pytest.approx(busy)
+
+
+def test_time_in_kernels_reads_what_pytorchs_profiler_gives(epoch):
+    x = torch.randn(300, 300)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        began = time.perf_counter()
+        for _ in range(20):
+            x @ x
+        seconds = time.perf_counter() - began
+    count, busy = epoch.kernels(profiler, DeviceType.CPU)
+    assert count >= 20 and 0 < busy < 1.1 * seconds
