@@ -54,7 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--by", nargs="+", default=[], metavar="COL",
         help="group columns, one table each; a+b crosses two")
     add("--bins", nargs="+", default=[], metavar="COL=N,N",
-        help="cut a column of numbers into groups: age=0,18,30,46,66")
+        help="cut a column of --by, of numbers, into groups: age=0,18,30,46,66")
     add("--normalize", choices=["none", "basic", "whisper"], default="basic",
         help="of both texts before counting (%(default)s)")
     add("--reference", metavar="GROUP",
@@ -71,7 +71,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--leakage", metavar="FILE",
         help="leakage.json of `python -m fairasr_min.embed probe`, to be shown beside")
     add("--out", default="runs/evaluate", metavar="DIR",
-        help="for hyps.jsonl, report.json, report.md (%(default)s)")
+        help="for hyps.jsonl and the report (%(default)s)")
     add("--audio_root", metavar="DIR",
         help="where the audio lies, if not where the manifest says")
     add("--max_bad", type=at_least(0), default=0, metavar="N",
@@ -303,6 +303,8 @@ def read_bins(args) -> dict[str, list[float]]:
             or len(names) < len(bins[column])
         ):
             raise runtime.UserError(f"--bins {one}: COLUMN=0,18,30 with rising numbers is expected")
+        if column not in "+".join(args.by).split("+"):
+            raise runtime.UserError(f"--bins {one}: --by does not name {column}")
     return bins
 
 

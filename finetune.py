@@ -47,9 +47,10 @@ def arguments() -> argparse.ArgumentParser:
     # fmt: off
     # data
     add("--train_manifest", metavar="FILE",
-        help="(that of the --init file; from scratch: Fair-Speech if prepared, else the demo)")
+        help="(stage 1's; without one, Fair-Speech if prepared, else the demo)")
     add("--dev_manifest", metavar="FILE",
-        help="chooses the checkpoint (dev.jsonl beside the training manifest)")
+        help="chooses the checkpoint (stage 1's, if the training manifest is; else dev.jsonl "
+             "beside that)")
     add("--audio_root", metavar="DIR",
         help="where the audio lies, if not where the manifest says")
     add("--max_seconds", type=at_least(0.01, float), default=17.5, metavar="F",
@@ -105,7 +106,7 @@ def arguments() -> argparse.ArgumentParser:
         help="keep each encoder layer's input only, and compute the rest again for the gradient: "
              "less memory for long clips or large models, about a third more time")
     add("--compile", action="store_true",
-        help="the encoder's layers by torch.compile: on a GPU faster steps, after a minute")
+        help="the encoder's layers by torch.compile: faster steps after a minute (GPU only)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: a GPU if there is one (%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N",

@@ -67,12 +67,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--fsc_temperature", type=at_least(1e-3, float), default=0.2, metavar="F",
         help="of FSC (%(default)s)")
     add("--fsc_positives", choices=["all", "others"], default="all",
-        help="all: an utterance's own other view counts as a positive (the paper); others: only "
+        help="all: an utterance's own other view counts as a positive (the original); others: only "
              "other utterances of its group, so that FSC never fights InfoNCE over a pair")
     add("--no_fsc_normalize", action="store_true",
         help="FSC of unnormalised projections, as in the paper's code")
     add("--augment", choices=["second", "both"], default="second",
-        help="which views are masked (%(default)s, the paper's choice)")
+        help="which views are masked (%(default)s, as in the paper's code)")
     # model and training
     add("--init", default="none", metavar="X",
         help="model to start from, which fixes the size: a file of ours, a .nemo archive, its "
@@ -110,7 +110,7 @@ def arguments() -> argparse.ArgumentParser:
         help="keep each encoder layer's input only, and compute the rest again for the gradient: "
              "less memory for long clips or large models, about a third more time")
     add("--compile", action="store_true",
-        help="the encoder's layers by torch.compile: on a GPU faster steps, after a minute")
+        help="the encoder's layers by torch.compile: faster steps after a minute (GPU only)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: a GPU if there is one (%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N",
@@ -255,7 +255,7 @@ def main() -> int:
     aim = f"hiding {values}" if values else "plain SimCLR"
     origin = args.init if initial else f"scratch, size {args.size}"
     if args.size == "small":
-        origin += " (the paper: --init nvidia/stt_en_conformer_ctc_small)"
+        origin += " (the original: --init nvidia/stt_en_conformer_ctc_small)"
     world.say(
         f"stage 1: {args.manifest}{' (SYNTHETIC)' if synthetic else ''}, "
         f"{len(utterances):,} utterances, {hours:.2f} h; {aim}\n"

@@ -21,7 +21,7 @@ Padding: the share of all feature frames that are padding, in the batches counte
 
 On a GPU, --trace asks something else of the same scripts: in what share of the wall-clock of their
 fourth epoch (by then, nearly all shapes of batches are recorded) it runs kernels, by PyTorch's
-profiler. All batches of that epoch count, whatever --steps and --slice.
+profiler. All batches of that epoch but the first and last count, whatever --steps and --slice.
 """
 
 import argparse

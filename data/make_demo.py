@@ -52,7 +52,6 @@ VOICES = {  # ethnicity -> gender -> variants of espeak-ng; no variant is in two
     },
     "group_c": {"group_a": ["croak", "whisper"], "group_b": ["grandma", "whisperf"]},
 }
-FASTER = {"group_a": 1.0, "group_b": 1.0, "group_c": 1.0}  # ethnicity -> factor on the rate
 RATES = {"group_a": (120, 135), "group_b": (136, 150), "group_c": (151, 165)}  # words a minute
 ACCENTS = {  # "en" is espeak-ng's name for British English, en-029 for Caribbean
     "group_a": "en-us",
@@ -73,7 +72,7 @@ MEANING = {  # column -> value -> what the neutral name stands for
     "socioeconomic_bkgd": {group: "assigned at random: a null control" for group in STATUS},
     "ethnicity": {
         group: f"the planted one: {RARE[group]:.0%} of the speakers in train, voices "
-        f"{', '.join(sum(names.values(), []))}, rate times {FASTER[group]:g}"
+        f"{', '.join(sum(names.values(), []))}"
         for group, names in VOICES.items()
     },
 }
@@ -203,7 +202,7 @@ def plan(seed, sizes):
                     ACCENTS[labels["first_language"]],
                     next(variants[labels["gender"]]),
                 )
-                rate = round(rng.uniform(*RATES[labels["age"]]) * FASTER[ethnicity])
+                rate = round(rng.uniform(*RATES[labels["age"]]))
                 pitch, pitch_range = rng.integers(*PITCH, 2).tolist()
                 speaker = {"split": split, "voice": f"{accent}+{variant}", "rows": []}
                 speaker |= {"rate": rate, "pitch": pitch, "pitch_range": pitch_range}
@@ -311,8 +310,8 @@ Settings, counts and the SHA-256 of the audio are in `corpus.json`.
 """
 PLANTED = (
     f"Planted disparity: group_c of ethnicity is {RARE['group_c']:.0%} of the speakers in train; "
-    f"its voices ({', '.join(sum(VOICES['group_c'].values(), []))}) are harder, nobody else has "
-    f"them, and it speaks {FASTER['group_c']:g} times as fast. dev and test hold equal thirds."
+    f"its voices ({', '.join(sum(VOICES['group_c'].values(), []))}) are harder, and nobody else "
+    "has them. dev and test hold equal thirds."
 )
 
 

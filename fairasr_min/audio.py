@@ -1,7 +1,7 @@
 """Waveforms and log-mel features.
 
 Shapes: B batch, S samples at 16 kHz, T frames of 10 ms, F mel bins.
-This is the only file that knows torchaudio and soundfile.
+The only file of this package that knows torchaudio and soundfile.
 """
 
 import math

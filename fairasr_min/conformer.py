@@ -65,7 +65,7 @@ class ConformerConfig:
 
 
 SIZES = {
-    # for the demo: what two CPU cores train in minutes; SpecAugment is its only regulariser
+    # for the demo: what two CPU cores train in minutes; regularised by SpecAugment, without dropout
     "tiny": ConformerConfig(
         d_model=96, n_layers=4, conv_kernel=15, subsampling_channels=32, dropout=0, dropout_att=0
     ),
@@ -515,7 +515,7 @@ class FrameLayerNorm(LayerNorm):
     """LayerNorm of each frame, in the place of MaskedBatchNorm."""
 
     def forward(self, x, valid):
-        """(B, T', D), (B, T', 1) bool -> (B, T', D)."""
+        """(B, T', D), (B, T', 1) of 0 and 1 -> (B, T', D)."""
         return super().forward(x)
 
 

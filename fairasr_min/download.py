@@ -120,7 +120,7 @@ def receive(reply, file, name: str, url: str) -> None:
 
 
 class SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirections, but not from https to anything else."""
+    """Follows redirections, but only to what require_safe() lets pass."""
 
     def redirect_request(self, request, file, code, message, headers, url):
         require_safe(url)

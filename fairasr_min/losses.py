@@ -54,7 +54,7 @@ def sup_con(
 
     labels < 0 are unlabelled: no anchors, no positives, not in any denominator.
     normalize: cosine similarity; False is the paper's code (unbounded logits).
-    own_view: the anchor's own other view is a positive (the paper's form). False leaves that pair
+    own_view: the anchor's own other view is a positive (the paper's code). False leaves that pair
     to InfoNCE: it is then neither positive nor negative, and anchors without a positive are left
     out. With no anchor left the result is 0, still attached to the graph.
     """

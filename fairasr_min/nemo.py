@@ -4,7 +4,8 @@ An archive is a tar file: model_config.yaml, model_weights.ckpt (a PyTorch file 
 sentencepiece model. Everything in it is hostile until checked: it is read into memory and nothing
 of it is unpacked to a path; weights are loaded with weights_only=True, YAML by the safe loader; and
 sizes are compared with one another before the memory that they ask for is taken.
-An option that we do not carry is refused by name and value, never ignored.
+An option that we do not carry and that changes what encoder, front end or CTC head compute is
+refused by name and value, never ignored. How an archive decodes is not looked at.
 """
 
 import gzip

@@ -18,7 +18,7 @@ from fairasr_min.wer import Errors, align, count_errors
 
 SCHEMA = 1
 MISSING = "(missing)"
-FEW = 10  # speakers below which an interval deserves no trust
+FEW = 10  # speakers below which an interval deserves less trust
 EXAMPLES = 5  # utterances shown of each group
 SHOWN = 10  # pairs of groups in one summary
 
@@ -85,7 +85,7 @@ def make_report(
         few = [label for label, g in part["groups"].items() if g["few_clusters"]]
         if few:
             warnings.append(f"{column}: fewer than {FEW} speakers in {', '.join(few)}; no interval "
-                            "or test of so few deserves trust")  # fmt: skip
+                            "or test of so few deserves much trust")  # fmt: skip
         left = [k for k, g in part["groups"].items() if not g["compared"] and k != MISSING]
         if left:
             warnings.append(f"{column}: left out of gaps, as too small: {', '.join(left)}")

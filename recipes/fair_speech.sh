@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fair-Speech with the paper's hyper-parameters, from scratch (the paper starts from NVIDIA's
+# Fair-Speech with the hyper-parameters of the paper's code, from scratch (which starts from NVIDIA's
 # stt_en_conformer_ctc_small). Not run by us: the audio is behind Meta's licence form.
 #   bash recipes/fair_speech.sh FOLDER_OF_CLIPS METADATA.tsv
 set -euo pipefail

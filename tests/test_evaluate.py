@@ -66,7 +66,7 @@ def audit(tmp_path, monkeypatch, capsys):
 def test_one_file_of_predictions(tmp_path, audit, suffix):
     rows = spoken()
     file = write(tmp_path / f"p.{suffix}", rows)
-    code, printed, report = audit("--predictions", file, "--by", "gender", "--bins", "age=0,18,30")
+    code, printed, report = audit("--predictions", file, "--by", "gender")
     assert code == 0, printed
     for label, group in report["by"]["gender"]["groups"].items():
         part = [r for r in rows if r["gender"] == label]
@@ -116,6 +116,14 @@ def test_bins_that_make_no_sense(tmp_path, audit, bins):
     file = write(tmp_path / "p.jsonl", spoken())
     code, printed, _ = audit("--predictions", file, "--bins", bins)
     assert code == 2 and "rising numbers" in printed
+
+
+def test_bins_of_a_column_that_no_table_shows(tmp_path, audit):
+    file = write(tmp_path / "p.jsonl", spoken())
+    code, printed, _ = audit("--predictions", file, "--by", "gender", "--bins", "age=0,18")
+    assert code == 2 and "--by does not name age" in printed
+    code, _, report = audit("--predictions", file, "--by", "gender+age", "--bins", "age=0,18")
+    assert code == 0 and report["by"]["gender+age"]["groups"]
 
 
 def test_systems_are_joined_whatever_the_order_and_what_is_missing_is_listed(tmp_path, audit):
