@@ -325,7 +325,8 @@ def main() -> int:
             means = {"lr": lr, **meter.read()}
             log.write(n, **means)
             bar.show(means)
-            if 0 < means["grad_norm"] < 1e-5:  # all views alike: nothing pulls them apart again
+            # all views alike: nothing pulls them apart again (all told apart is no collapse)
+            if 0 < means["grad_norm"] < 1e-5 and means["nce_acc"] < 1:
                 raise runtime.UserError(
                     f"by step {n} the encoder has collapsed: the gradient's norm is "
                     f"{means['grad_norm']:.1g}. Try a lower --lr (in another --out)"

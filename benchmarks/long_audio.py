@@ -92,7 +92,8 @@ def measure(args) -> None:
             ids, text, seconds, peak = done.result()
             whole = whole or (ids, text)
             other = sum(a != b for a, b in zip(ids, whole[0], strict=True)) / len(ids)
-            said_wer, whole_wer = (wer.count_errors(true, text).wer for true in (said, whole[1]))
+            rates = (wer.count_errors(true, text).wer for true in (said, whole[1]))
+            said_wer, whole_wer = (math.nan if rate is None else rate for rate in rates)
             print(
                 f"{setting[0]:7} {setting[1]:7} | {seconds:5.1f} | {peak:5.2f} | "
                 f"{said_wer:9.2%} | {whole_wer:14.2%} | {other:.2%}",

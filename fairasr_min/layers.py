@@ -28,7 +28,7 @@ _held = None  # what has been made of weights, inside of weights_held()
 def weights_held():
     """For the encoding of many batches: what a forward without gradient makes of weights alone
     (casts, arrangements) is made once, and takes as much memory as they. They must not change
-    inside: that would go unnoticed."""
+    inside, where that would go unnoticed; so nothing can be trained there."""
     global _held
     before, _held = _held, {}
     try:
@@ -60,18 +60,20 @@ def linear(x, weight, bias=None, then: str = "none"):
     operator that torch.compile would call; and in float32 uses the whole vector width of the
     machine. PyTorch's own way there is MKL, which of 512 bits takes half where Intel did not build
     the CPU, and twice the time."""
-    dtype, rows = product_type(x), x.shape[:-1]
+    dtype = product_type(x)
     onednn = x.device.type == "cpu" and _onednn_takes(dtype)
     if onednn and not torch.is_grad_enabled():
         weight, bias = once(_onednn_operands, weight, bias, dtype)
         return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, then, [], "")
     if onednn and dtype == torch.float32:
-        y = _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, rows)
+        y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     else:
         y = F.linear(x, weight, bias)
     if then == "swish":
-        return F.silu(y)
-    return F.relu_(y) if then == "relu" else y
+        y = F.silu(y)
+    elif then == "relu":
+        y = F.relu_(y)
+    return y.reshape(*x.shape[:-1], len(weight))
 
 
 class _Linear(torch.autograd.Function):
@@ -120,12 +122,12 @@ def _onednn_takes(dtype) -> bool:
 def input_gradient(d_y, weight):
     """The gradient of linear()'s x: (..., D2), (D2, D) -> d_y weight (..., D). Other products than
     MKL's want the weight transposed in memory, which costs a copy."""
-    return linear(d_y, weight.t()) if _by_convolution(d_y) else d_y @ weight
+    return linear(d_y, weight.t()) if _mkl_is_slow_with(d_y) else d_y @ weight
 
 
 def transposed_product(y, x):
     """The weight gradient of linear(): (..., D2), (..., D) -> y^T x (D2, D)."""
-    if _by_convolution(x):
+    if _mkl_is_slow_with(x):
         shape = (y.shape[-1], x.shape[-1], 1, 1)
         return nn.grad.conv2d_weight(_image(x), shape, _image(y), dilation=2)[:, :, 0, 0]
     y, x = y.flatten(0, -2), x.flatten(0, -2)
@@ -134,7 +136,7 @@ def transposed_product(y, x):
     return y.t() @ x
 
 
-def _by_convolution(x) -> bool:
+def _mkl_is_slow_with(x) -> bool:
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # oneDNN, in bfloat16
         return False
     return x.dtype == torch.float32 and _onednn_takes(x.dtype) and _mkl_takes_half()

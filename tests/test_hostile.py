@@ -408,6 +408,18 @@ def test_an_encoder_that_collapses(folder, attempt):
     assert code == 2 and re.search("the encoder has collapsed: .*lower --lr", printed), printed
 
 
+@pytest.mark.parametrize("found, code", [(0.9, 2), (1.0, 0)])
+def test_no_gradient_left_is_no_collapse_if_every_view_is_found(
+    folder, attempt, monkeypatch, found, code
+):
+    nce = train.losses.info_nce
+    monkeypatch.setattr(train.losses, "info_nce", lambda *given: 1e-12 * nce(*given))
+    monkeypatch.setattr(train.losses, "contrastive_accuracy", lambda *_: torch.tensor(found))
+    options = ("--init", "none", "--size", "tiny", "--balance_param", 0, "--batch_size", 4)
+    ended, printed = attempt("train", *options, "--epochs", 10, "--max_steps", 10)
+    assert ended == code and ("collapsed" in printed) == (code == 2), printed
+
+
 # ---- files from strangers ------------------------------------------------------------------------
 
 

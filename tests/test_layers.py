@@ -75,6 +75,7 @@ def test_linear_is_pytorchs(monkeypatch, threads, half):
     torch.set_num_threads(before)
     for theirs, ours in zip(*results):
         assert theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-5)
+    assert torch.allclose(layer(x[0, 0]), results[0][0][0, 0], atol=1e-6)  # one row
     for d2, d in ((5, 6), (6, 5)):
         y, x = torch.randn(2, 3, d2), torch.randn(2, 3, d)
         expected = torch.einsum("bni,bnj->ij", y, x)
