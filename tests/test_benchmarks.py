@@ -90,6 +90,7 @@ def test_time_in_kernels_counts_what_overlaps_once_and_no_copies(epoch):
     assert count == len(spans) and seconds * 1e9 == pytest.approx(busy)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_time_in_kernels_reads_what_pytorchs_profiler_gives(epoch):
     x = torch.randn(300, 300)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
