@@ -71,8 +71,8 @@ MEANING = {  # column -> value -> what the neutral name stands for
     "first_language": {group: f"accent {accent}" for group, accent in ACCENTS.items()},
     "socioeconomic_bkgd": {group: "assigned at random: a null control" for group in STATUS},
     "ethnicity": {
-        group: f"the planted one: {RARE[group]:.0%} of the speakers in train, voices "
-        f"{', '.join(sum(names.values(), []))}"
+        group: f"{'the planted one: ' if group == 'group_c' else ''}{RARE[group]:.0%} of the "
+        f"speakers in train, voices {', '.join(sum(names.values(), []))}"
         for group, names in VOICES.items()
     },
 }

@@ -6,9 +6,9 @@
 
 `write` takes any of our model files, stage 1 too, or a .nemo archive. The file holds `x` (N, D),
 the mean of the encoder's valid frames; `ids` (N,), the audio_filepath of each row (with `offset`,
-`#t=START,END` behind it); `x_random`
-(N, D), the same from that encoder with random weights; and `model`, its name. x and ids are enough
-for `probe`: embeddings of any other system can be measured, too.
+`#t=START,END` behind it); `x_random` (N, D), the same from that encoder with random weights; and
+`model`, its name. x and ids are enough for `probe`: embeddings of any other system can be measured,
+too.
 
 `probe` trains a linear and a nonlinear classifier to name the group of utterances from the
 embedding, and tests them on speakers that they never heard. It writes leakage.json and, for each

@@ -72,7 +72,7 @@ def linear(x, weight, bias=None, then: str = "none"):
     if then == "swish":
         y = F.silu(y)
     elif then == "relu":
-        y = F.relu_(y)
+        y = F.relu_(y)  # no view yet: in place on one, autograd would copy the gradient
     return y.reshape(*x.shape[:-1], len(weight))
 
 
@@ -88,6 +88,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_y):
+        """(N, D2) -> the gradients of all three."""
         x, weight = ctx.saved_tensors
         d_x = input_gradient(d_y, weight) if ctx.needs_input_grad[0] else None
         d_bias = d_y.sum(0) if ctx.bias else None
@@ -128,6 +129,8 @@ def input_gradient(d_y, weight):
 def transposed_product(y, x):
     """The weight gradient of linear(): (..., D2), (..., D) -> y^T x (D2, D)."""
     if _mkl_is_slow_with(x):
+        # as the gradient of a convolution's weight, which oneDNN computes; a kernel of 1 has
+        # nothing to dilate: it only keeps PyTorch from its own loops on one thread
         shape = (y.shape[-1], x.shape[-1], 1, 1)
         return nn.grad.conv2d_weight(_image(x), shape, _image(y), dilation=2)[:, :, 0, 0]
     y, x = y.flatten(0, -2), x.flatten(0, -2)

@@ -66,8 +66,10 @@ def audit(tmp_path, monkeypatch, capsys):
 def test_one_file_of_predictions(tmp_path, audit, suffix):
     rows = spoken()
     file = write(tmp_path / f"p.{suffix}", rows)
-    code, printed, report = audit("--predictions", file, "--by", "gender")
+    by = ("--by", "gender", "age", "--bins", "age=0,30")  # a table has only texts
+    code, printed, report = audit("--predictions", file, *by)
     assert code == 0, printed
+    assert set(report["by"]["age"]["groups"]) == {"0-29", "30+"}
     for label, group in report["by"]["gender"]["groups"].items():
         part = [r for r in rows if r["gender"] == label]
         assert group["wer"] == pytest.approx(

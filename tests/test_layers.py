@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fairasr_min import layers
 from fairasr_min.conformer import Conformer, ConformerConfig
@@ -27,14 +28,14 @@ def test_linear_without_a_gradient_takes_tensors_however_they_lie_in_memory(dtyp
     weights = [torch.randn(5, 6), torch.randn(5, 8)[:, 1:7], torch.randn(6, 5).t()]
     biases = [None, torch.randn(5), torch.randn(5, 3)[:, 1], torch.randn(1).expand(5)]
     for x, weight, bias in itertools.product(inputs, weights, biases):
-        expected = torch.nn.functional.linear(x, weight, bias)
+        expected = F.linear(x, weight, bias)
         with torch.no_grad():
             b = None if bias is None else bias.to(dtype)
             y = layers.linear(x.to(dtype), weight.to(dtype), b)
             swished = layers.linear(x.to(dtype), weight.to(dtype), b, then="swish")
         close = 5e-2 if dtype == torch.bfloat16 else 1e-5
         assert torch.allclose(y.float(), expected, atol=close, rtol=close)
-        expected = torch.nn.functional.silu(expected)
+        expected = F.silu(expected)
         assert torch.allclose(swished.float(), expected, atol=close, rtol=close)
 
 
@@ -69,7 +70,7 @@ def test_linear_is_pytorchs(monkeypatch, threads, half):
     torch.set_num_threads(threads)
     layer, x = Linear(6, 5), torch.randn(2, 3, 6, requires_grad=True)
     results = []
-    for y in (torch.nn.functional.linear(x, layer.weight, layer.bias), layer(x)):
+    for y in (F.linear(x, layer.weight, layer.bias), layer(x)):
         gradients = torch.autograd.grad(y.sin().sum(), (x, layer.weight, layer.bias))
         results.append((y, *gradients))
     torch.set_num_threads(before)
@@ -80,6 +81,20 @@ def test_linear_is_pytorchs(monkeypatch, threads, half):
         y, x = torch.randn(2, 3, d2), torch.randn(2, 3, d)
         expected = torch.einsum("bni,bnj->ij", y, x)
         assert torch.allclose(layers.transposed_product(y, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("then, follow", [("relu", F.relu), ("swish", F.silu)])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6)])
+def test_what_follows_linear_has_its_gradient_and_copies_none(shape, then, follow):
+    layer, x = Linear(6, 5), torch.randn(shape, requires_grad=True)
+    y = layers.linear(x, layer.weight, layer.bias, then)
+    nodes = [y.grad_fn]
+    for node in nodes:
+        nodes += [before for before, _ in node.next_functions if before]
+    assert not any("CopySlices" in node.name() for node in nodes)  # of ReLU in place on a view
+    expected = follow(F.linear(x, layer.weight, layer.bias))
+    theirs, ours = (torch.autograd.grad(z.sin().sum(), (x, layer.weight)) for z in (expected, y))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -124,7 +139,7 @@ def test_layer_norm_is_pytorchs(dtype):
     results = []
     for y, inputs in (
         (ours(x), x),
-        (torch.nn.functional.layer_norm(wide, (24,), ours.weight, ours.bias), wide),
+        (F.layer_norm(wide, (24,), ours.weight, ours.bias), wide),
     ):
         gradients = torch.autograd.grad(y.float().sin().sum(), (inputs, ours.weight, ours.bias))
         results.append((y, *gradients))
