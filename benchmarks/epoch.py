@@ -20,7 +20,7 @@ begins with as many uncounted batches as workers may have read ahead while the b
 Padding: the share of all feature frames that are padding, in the batches counted.
 
 On a GPU, --trace asks something else of the same scripts: in what share of the wall-clock of their
-fourth epoch (by then, nearly all shapes of batches are recorded) it runs kernels, by PyTorch's
+sixth epoch (by then, nearly all shapes of batches are recorded) it runs kernels, by PyTorch's
 profiler. All batches of that epoch but the first and last count, whatever --steps and --slice.
 """
 
@@ -112,7 +112,7 @@ def kernels(profiler, device: DeviceType) -> tuple[int, float]:
 
 
 def trace(stage: int, args) -> dict:
-    """Run a stage's script for four epochs, the last under the profiler."""
+    """Run a stage's script for six epochs, the last under the profiler."""
     stream, found = data.stream, {}
 
     def wrapped(dataset, batches, *rest, **more):
@@ -122,7 +122,7 @@ def trace(stage: int, args) -> dict:
                 f"{len(batches)} steps an epoch of stage {stage} are too few; lower --batch_size"
             )
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        first, last = 3 * len(batches), 4 * len(batches) - 1  # without the step that ends it
+        first, last = 5 * len(batches), 6 * len(batches) - 1  # without the step that ends it
         began = heard = 0.0
         source = stream(dataset, batches, *rest, **more)
         for number in tqdm(range(last), unit=" steps", disable=not sys.stderr.isatty()):
@@ -143,7 +143,7 @@ def trace(stage: int, args) -> dict:
         )  # fmt: skip
         raise Enough
 
-    run_script(stage, args, wrapped, epochs=4)
+    run_script(stage, args, wrapped, epochs=6)
     return found
 
 

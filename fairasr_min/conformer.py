@@ -88,6 +88,15 @@ def encoder_frames(n_frames, factor: int = 4):
     return n_frames
 
 
+def recurring(features):
+    """(B, T, F) -> (B, T and up to a sixteenth more, F), so that batches have few lengths: a GPU
+    takes a second for the first batch of a shape (most of it cuDNN's, to choose how to convolve),
+    and replays those that it knows (graphs.py). Also a multiple of 32, 8 frames of the encoder,
+    for rows of aligned numbers."""
+    t = features.shape[1]
+    return F.pad(features, (0, 0, 0, -t % (1 << max(5, t.bit_length() - 5))))
+
+
 class Subsampling(nn.Module):
     """Strided convolutions over time and frequency, each halving both: 10 ms frames to 40 ms."""
 
@@ -691,6 +700,8 @@ class Conformer(nn.Module):
 
     def forward(self, features: torch.Tensor, n_frames: torch.Tensor):
         """(B, T, F), (B,) -> (B, T', D), lengths (B,). Frames beyond a length have no meaning."""
+        if features.device.type != "cpu":
+            features = recurring(features)
         x, lengths = self.pre_encode(features, n_frames)
         x = self.dropout(x * math.sqrt(self.config.d_model) if self.config.xscaling else x)
         positions = self.dropout_emb(relative_positions(x.shape[1], x.shape[2], x.device))

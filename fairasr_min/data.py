@@ -466,9 +466,11 @@ class Batches:
     Utterances of similar length go together: sorted by a duration that is jittered anew each
     epoch (by up to 5 %), cut into batches, the batches shuffled. No utterance is left out or
     repeated. By count, batch sizes differ by one at most, so that there is no small last batch;
-    by seconds, a batch holds about that much audio, padding included. Sizes count all processes
-    together: a batch has at least one utterance for each. The longest batch opens epoch 0, so that
-    memory runs out at once or not at all.
+    by seconds, a batch holds at most about that much audio, padding included, and its size is one
+    of few (of three binary digits: 4, 5, 6, 7, 8, 10, ...), since a GPU is slow with a shape that
+    it meets for the first time. Sizes count all processes together: a batch has at least one
+    utterance for each. The longest batch opens epoch 0, so that memory runs out at once or not at
+    all.
     """
 
     JITTER = 0.05
@@ -483,13 +485,12 @@ class Batches:
         if n < smallest:
             raise ManifestError(f"{n} utterance(s): too few; a batch needs {smallest}")
         if batch_seconds:
-            sizes, top, budget = [], 0.0, batch_seconds * world
-            for longest in np.sort(self.seconds)[::-1]:  # longest first, as in a batch
-                if sizes and (sizes[-1] < smallest or (sizes[-1] + 1) * top <= budget):
-                    sizes[-1] += 1
-                else:
-                    sizes.append(1)
-                    top = longest
+            longest, sizes, done = np.sort(self.seconds)[::-1], [], 0
+            while done < n:  # longest first, as in a batch
+                size = int(batch_seconds // longest[done])  # of one process
+                size -= size % (1 << max(0, size.bit_length() - 3))
+                sizes.append(min(max(size * world, smallest), n - done))
+                done += sizes[-1]
             if len(sizes) > 1 and sizes[-1] < smallest:
                 leftover = sizes.pop()  # first: it moves what [-2] means
                 sizes[-1] += leftover

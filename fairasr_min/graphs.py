@@ -11,10 +11,10 @@ import gc
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-ROUND = 32  # feature frames (8 of the encoder): rows of aligned numbers, and shapes that recur
+from fairasr_min.conformer import recurring
+
 MOST = 64  # shapes recorded
 
 
@@ -53,7 +53,7 @@ class _Graphs:
         """(B, T, F), (B,) -> (B, T', D), (B,)."""
         if not (self.encoder.training and torch.is_grad_enabled()) or self.encoder.checkpointing:
             return self.eager(features, n_frames)
-        features = F.pad(features, (0, 0, 0, -features.shape[1] % ROUND))
+        features = recurring(features)
         shape = features.shape, torch.is_autocast_enabled("cuda")
         if shape not in self.records:  # what happens but once is not worth a record
             if len(self.records) < MOST:

@@ -568,6 +568,14 @@ def test_batches_by_seconds_hold_about_that_much(world, batch_seconds):
             assert len(batches) < 1.6 * seconds.sum() / budget + 1
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_batches_by_seconds_have_few_sizes(world):
+    sizes = np.array(Batches(durations(20_000), 8, 0, world, 300.0).sizes[:-1])
+    assert not (sizes % world).any()
+    digits = {f"{size:b}".rstrip("0") for size in sizes // world}
+    assert digits == {"1", "11", "101", "111"}
+
+
 def test_too_few_utterances_for_the_processes():
     with pytest.raises(ManifestError, match=r"1 utterance\(s\): too few; a batch needs 2"):
         Batches([1.0], 8, 0, world=2)

@@ -139,6 +139,18 @@ def test_no_garbage_is_collected_while_recording(encoder, monkeypatch):
         gc.enable()
 
 
+def test_batches_have_few_lengths():
+    before = None
+    for t in range(1, 9000):
+        x = conformer.recurring(torch.ones(1, t, 1))
+        after = x.shape[1]
+        assert t <= after <= max(t + 31, t * 17 / 16) and after % 32 == 0
+        assert x[:, :t].all() and not x[:, t:].any()
+        assert before is None or after >= before
+        before = after
+    assert len({conformer.recurring(torch.ones(1, t, 1)).shape[1] for t in range(1, 4000)}) == 64
+
+
 def test_evaluation_and_checkpointing_are_not_recorded(encoder):
     model, plain = encoder
     for _ in range(3):

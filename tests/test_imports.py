@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "text": set(),
     "losses": set(),
     "conformer": {"layers"},
-    "graphs": set(),
+    "graphs": {"conformer"},
     "wer": set(),
     "stats": set(),
     "runtime": set(),
