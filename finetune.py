@@ -212,12 +212,11 @@ def main() -> int:
         head = ("decoder",) if "decoder.weight" in initial["weights"] else ()
         checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel", *head))
     model.to(world.device)
+    weights = runtime.joined(model)
     if world.device.type == "cuda" and world.size == 1:  # nobody has tried it on several GPUs
         record_steps(model.encoder)
     # eps: gradients far below 1e-6 are rounding noise, of which 1e-8 makes steps of full size
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, weight_decay=0.01, eps=1e-6, fused=True
-    )
+    optimizer = torch.optim.AdamW([weights], lr=args.lr, weight_decay=0.01, eps=1e-6, fused=True)
     scaler = runtime.grad_scaler(args.precision, world.device)
     meter = runtime.Meter(world.device, state["meter"] if state else None)
     first, best, since_best = 0, None, 0
@@ -325,6 +324,7 @@ def main() -> int:
 
     # ---- the loop
     accum, recent = args.grad_accum, deque(maxlen=runtime.TOO_MANY_SKIPS)
+    buffers = list(model.buffers())
     stream = data.stream(
         train_set, batches, first * accum, last * accum,
         world.rank, world.size, args.num_workers, world.device.type == "cuda",
@@ -335,7 +335,7 @@ def main() -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         runtime.seed_everything(args.seed, step + 1, world.rank)  # dropout
-        buffers = [b.clone() for b in model.buffers()]  # BatchNorm's, put back if a step is skipped
+        before = [b.clone() for b in buffers]  # BatchNorm's, put back if the step is skipped
         ctc = 0.0
         for _ in range(accum):
             batch = next(stream)
@@ -344,7 +344,7 @@ def main() -> int:
             loss = compute(batch.to(world.device))
             scaler.scale(loss / accum).backward()
             ctc = ctc + loss.detach() / accum
-        norm, done = runtime.update(model, optimizer, scaler, buffers, args.grad_clip)
+        norm, done = runtime.update(weights, optimizer, scaler, buffers, before, args.grad_clip)
         ctc = runtime.total(ctc) / world.size  # the mean over all processes' utterances
         meter.add({"ctc": ctc, "grad_norm": norm}, done)
 

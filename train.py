@@ -201,12 +201,11 @@ def main() -> int:
         checkpoint.load_weights(model, initial, args.init, ("encoder", "log_mel"))
         carried = {k: w for k, w in initial["weights"].items() if k.startswith("decoder.")}
     model.to(world.device)
+    weights = runtime.joined(model)
     if world.device.type == "cuda" and world.size == 1:  # nobody has tried it on several GPUs
         record_steps(model.encoder)
     # eps: gradients far below 1e-6 are rounding noise, of which 1e-8 makes steps of full size
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, weight_decay=0.01, eps=1e-6, fused=True
-    )
+    optimizer = torch.optim.AdamW([weights], lr=args.lr, weight_decay=0.01, eps=1e-6, fused=True)
     scaler = runtime.grad_scaler(args.precision, world.device)
     meter = runtime.Meter(world.device, state["meter"] if state else None)
     first = 0
@@ -293,6 +292,7 @@ def main() -> int:
 
     # ---- the loop
     accum, recent = args.grad_accum, deque(maxlen=runtime.TOO_MANY_SKIPS)
+    buffers = list(model.buffers())
     stream = data.stream(
         train_set, batches, first * accum, last * accum,
         world.rank, world.size, args.num_workers, world.device.type == "cuda",
@@ -303,7 +303,7 @@ def main() -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         runtime.seed_everything(args.seed, step + 1, world.rank)  # dropout
-        buffers = [b.clone() for b in model.buffers()]  # BatchNorm's, put back if a step is skipped
+        before = [b.clone() for b in buffers]  # BatchNorm's, put back if the step is skipped
         seen = {}
         for _ in range(accum):
             batch = next(stream)
@@ -312,7 +312,7 @@ def main() -> int:
             loss, parts = compute(batch.to(world.device))
             scaler.scale(loss / accum).backward()
             seen = {k: seen.get(k, 0) + part / accum for k, part in parts.items()}
-        norm, done = runtime.update(model, optimizer, scaler, buffers, args.grad_clip)
+        norm, done = runtime.update(weights, optimizer, scaler, buffers, before, args.grad_clip)
         meter.add({**seen, "grad_norm": norm}, done)
 
         n = step + 1  # steps done
@@ -350,9 +350,9 @@ def main() -> int:
     # ---- the result
     if world.main:
         keep = ("encoder.", "log_mel.")
-        weights = {k: w for k, w in model.state_dict().items() if k.startswith(keep)}
+        own = {k: w for k, w in model.state_dict().items() if k.startswith(keep)}
         checkpoint.save_model(
-            result, "encoder", config, {**weights, **carried},
+            result, "encoder", config, {**own, **carried},
             initial["tokenizer"] if initial else None, record,
             stage=1, step=last, labels=values, synthetic=synthetic, commit=runtime.commit(),
         )  # fmt: skip

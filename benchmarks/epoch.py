@@ -67,9 +67,10 @@ def bare_step(stage: int, dataset: data.SpeechDataset, args):
 
     model.to(args.device)
     model.encoder.compiled = args.compile
+    step = updating(model, loss_of, args.precision)
     if args.device.type == "cuda":
         record_steps(model.encoder)
-    return model, updating(model, loss_of, args.precision)
+    return model, step
 
 
 def run_script(stage: int, args, wrapped, epochs: int) -> None:

@@ -74,15 +74,14 @@ def stage1(model, features, n_frames, batch, precision):
 
 def updating(model, loss_of, precision):
     """loss_of with all that our scripts do for a step: (features, n_frames, batch) -> None."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, weight_decay=0.01, eps=1e-6, fused=True
-    )
-    scaler = runtime.grad_scaler(precision, next(model.parameters()).device)
+    weights = runtime.joined(model)
+    optimizer = torch.optim.AdamW([weights], lr=1e-4, weight_decay=0.01, eps=1e-6, fused=True)
+    scaler, buffers = runtime.grad_scaler(precision, weights.device), list(model.buffers())
 
     def step(features, n_frames, batch):
-        buffers = [b.clone() for b in model.buffers()]
+        before = [b.clone() for b in buffers]
         scaler.scale(loss_of(model, features, n_frames, batch, precision)).backward()
-        runtime.update(model, optimizer, scaler, buffers, 1.0)
+        runtime.update(weights, optimizer, scaler, buffers, before, 1.0)
 
     return step
 
@@ -119,11 +118,11 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
         model.encoder.compile(mode="reduce-overhead")  # which on a GPU records, as ours does
     model.encoder.checkpointing = spec.get("activation_checkpointing", False)
     on_cpu = world.device.type == "cpu"
-    if not (on_cpu or encoder or spec["eager"] or world.size > 1):  # as train.py does
-        record_steps(model.encoder)
     batch = noise(spec, world.rank).to(world.device)
     loss_of = stage1 if first else ctc
     update = updating(model, loss_of, precision) if task.endswith("_update") else None
+    if not (on_cpu or encoder or spec["eager"] or world.size > 1):  # as train.py does
+        record_steps(model.encoder)
     gradients = torch.optim.SGD(model.parameters(), foreach=True)  # zeroes them
     if not on_cpu and task != "forward":  # to add to: new ones might lie in memory of a record
         for p in model.parameters():

@@ -126,7 +126,7 @@ def _reason(error: Exception) -> str:
 def pad_waveforms(waveforms: Sequence[torch.Tensor]) -> torch.Tensor:
     """Samples at 16 kHz, (S,) each -> (B, S'), zeros at the end: as few as give a multiple of 16
     feature frames (of 10 ms). What is made for the shape of a batch then serves many batches
-    (runtime.setup, graphs.py)."""
+    (runtime.setup; a GPU wants still fewer shapes: recurring() in conformer.py)."""
     padded = nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True)
     more = -(padded.shape[1] + HOP) % (16 * HOP)  # S samples have S // HOP + 1 frames
     return F.pad(padded, (0, more))

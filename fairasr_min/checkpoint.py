@@ -63,6 +63,8 @@ def save(path: str | Path, payload: dict) -> None:
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
+        if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+            error = error.__context__  # while torch.save still closed its archive
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise CheckpointError(
             f"{path} could not be written ({reason}); what was there before is whole. Make room, "
@@ -125,7 +127,8 @@ def save_model(
             "format": FORMAT,
             "kind": kind,
             "config": asdict(config),
-            "weights": {name: w.detach().cpu() for name, w in weights.items()},
+            # copies: a view would bring along all that it is a view of
+            "weights": {name: w.detach().to("cpu", copy=True) for name, w in weights.items()},
             "tokenizer": tokenizer,
             "normalization": NORMALIZATION,
             "arguments": arguments,

@@ -22,9 +22,9 @@ def record_steps(encoder: nn.Module) -> None:
     """From now on encoder(features, n_frames), a Conformer on a GPU, is recorded and replayed in
     training.
 
-    The parameters get gradients of zeros, to which each backward pass adds; these must stay
-    (zero_grad(set_to_none=False)). Once a batch has gone through the encoder, nothing may be asked
-    of the one before: they share memory. RuntimeError otherwise.
+    Each backward pass adds to the gradients that the parameters have by then (or to zeros), and
+    these must stay (zero_grad(set_to_none=False)). Once a batch has gone through the encoder,
+    nothing may be asked of the one before: they share memory. RuntimeError otherwise.
     """
     _stream().wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(_stream())
@@ -43,7 +43,7 @@ class _Graphs:
         self.encoder, self.eager = encoder, encoder.forward
         self.parameters = list(encoder.parameters())
         for p in self.parameters:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.grads = [p.grad for p in self.parameters]
         self.pool = torch.cuda.graph_pool_handle()  # of memory, one for all: one is in use at once
         self.records = {}  # by shape; None after it was seen once

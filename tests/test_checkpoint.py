@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from fairasr_min import checkpoint
+from fairasr_min import checkpoint, runtime
 from fairasr_min.checkpoint import CheckpointError
 from fairasr_min.conformer import ConformerConfig
 from fairasr_min.model import ConformerCTC
@@ -33,6 +33,18 @@ def test_a_model_file_gives_the_same_recogniser(tmp_path):
     assert not again.training
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
+
+
+def test_a_part_of_joined_weights_is_saved_alone(tmp_path):
+    """They are views of all weights, of which a plain torch.save would write all."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(1000, 1000))
+    runtime.joined(model)
+    weights = {"0.weight": model[0].weight}
+    checkpoint.save_model(tmp_path / "model.pt", "encoder", CONFIG, weights, None, {}, commit="x")
+    assert (tmp_path / "model.pt").stat().st_size < 100_000
+    model[0].weight.data += 1
+    found = torch.load(tmp_path / "model.pt")["weights"]["0.weight"]
+    assert torch.equal(found + 1, model[0].weight)
 
 
 def test_a_stage_1_file_says_what_to_run(tmp_path):

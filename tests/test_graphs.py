@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fairasr_min import conformer, graphs, layers
+from fairasr_min import conformer, graphs, layers, runtime
 from fairasr_min.conformer import Conformer, ConformerConfig, ConformerLayer, RelativeAttention
 
 CONFIG = ConformerConfig(
@@ -118,6 +118,29 @@ def test_weights_may_change_between_steps(encoder):
         for one, optimizer in zip(encoder, optimizers):
             step(one, *batch(i, 70))
             optimizer.step()
+    same(model.state_dict(), plain.state_dict())
+
+
+def test_steps_of_joined_parameters_are_recorded(encoder):
+    """As train.py does: join, record, then update."""
+    model, plain = encoder
+    del model.forward  # the record of the fixture
+    losses = []
+    for one in (model, plain):
+        weights = runtime.joined(one)
+        if one is model:
+            graphs.record_steps(model)
+        optimizer = torch.optim.AdamW([weights], lr=1e-3, eps=1e-3, fused=True)
+        scaler = runtime.grad_scaler("fp32", torch.device("cpu"))
+        for i in range(4):
+            buffers = list(one.buffers())
+            before = [b.clone() for b in buffers]
+            scaler.scale(torch.zeros(()))  # which step() does not use: of scale 1
+            losses.append(step(one, *batch(i, 70))[0].mean())
+            assert weights.grad.any()
+            runtime.update(weights, optimizer, scaler, buffers, before, 1.0)
+    assert model.forward.turn == 3
+    same(losses[:4], losses[4:])
     same(model.state_dict(), plain.state_dict())
 
 

@@ -1,5 +1,6 @@
 """Learning rate, the optimizer step and its skips, the log."""
 
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -26,14 +27,16 @@ def small_step(factor, steps=1, precision="fp32"):
     """A Linear + BatchNorm after `steps` updates on a loss times `factor`."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    weights = runtime.joined(model)
+    optimizer = torch.optim.AdamW([weights], lr=0.1, fused=True)
     scaler = runtime.grad_scaler(precision, torch.device("cpu"))
     before = {k: v.clone() for k, v in model.state_dict().items()}
+    buffers = list(model.buffers())
     for _ in range(steps):
-        buffers = [b.clone() for b in model.buffers()]
+        old = [b.clone() for b in buffers]
         loss = (model(torch.randn(4, 3)) * factor).square().sum()
         scaler.scale(loss).backward()
-        norm, done = runtime.update(model, optimizer, scaler, buffers, grad_clip=1.0)
+        norm, done = runtime.update(weights, optimizer, scaler, buffers, old, grad_clip=1.0)
     return model, optimizer, scaler, before, norm, done
 
 
@@ -46,7 +49,7 @@ def test_a_non_finite_step_leaves_everything_as_it_was(factor):
     for state in optimizer.state.values():
         assert state["step"] == 0 and state["exp_avg"].abs().sum() == 0
     assert scaler.get_scale() == 1.0
-    assert all(p.grad is None for p in model.parameters())
+    assert not any(p.grad.any() for p in model.parameters())
 
 
 def test_a_finite_step_is_adamw_on_the_clipped_gradient():
@@ -60,6 +63,39 @@ def test_a_finite_step_is_adamw_on_the_clipped_gradient():
     assert done == 1 and norm > 1
     for ours, theirs in zip(model.state_dict().values(), other.state_dict().values()):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_joined_parameters_keep_their_values_and_layouts():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last),
+        torch.nn.Flatten(),
+        torch.nn.Linear(5, 7, bias=False),
+    )
+    model.register_parameter("tied", model[2].weight)
+    other = copy.deepcopy(model)
+    weights = runtime.joined(model)
+    assert weights.dim() == 1 and weights.requires_grad and weights.is_leaf
+    ends, base = [], weights.data_ptr()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride() and ours.is_leaf
+        assert ours.grad.stride() == ours.stride() and not ours.grad.any()
+        for tensor, whole in ((ours, weights), (ours.grad, weights.grad)):
+            assert tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            assert (tensor.data_ptr() - whole.data_ptr()) % 256 == 0
+        ends.append((ours.data_ptr() - base, ours.data_ptr() - base + 4 * ours.numel()))
+    assert all(one[1] <= next_[0] for one, next_ in zip(ends, ends[1:]))  # none overlaps
+
+    x = torch.randn(2, 3, 3, 3)
+    for _ in range(2):  # gradients add up
+        for one in (model, other):
+            one(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), other.parameters()):
+        assert torch.equal(ours.grad, theirs.grad)
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in other.parameters()]))
+    assert torch.isclose(weights.grad.norm(), norm)
+    weights.data.zero_()
+    assert not any(p.any() for p in model.parameters())
 
 
 def test_meter_means_leave_skipped_steps_out():

@@ -65,8 +65,9 @@ def one_step(stage, n, independent, columns, rank=0, size=1):
         log_probs, lengths = model.log_probs(features[0, mine], n_frames[mine])
         each = losses.ctc_loss(log_probs, lengths, targets[mine], torch.full((len(lengths),), 2))
         loss = each.sum() * size / runtime.total(torch.tensor(len(each)))
+    weights = runtime.joined(model)
     loss.backward()
-    runtime.average_gradients(model)
+    runtime.average_gradients(weights)
     grads = {k: p.grad for k, p in model.named_parameters()}
     value = runtime.total(loss) / size
     return value, grads, dict(model.named_buffers())
