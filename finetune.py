@@ -80,7 +80,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--batch_size", type=at_least(1), default=32, metavar="N",
         help="utterances per process (32; demo: %d)" % DEMO["batch_size"])
     add("--batch_seconds", type=at_least(0.01, float), metavar="F",
-        help="instead of --batch_size: about so many seconds of audio per process")
+        help="instead of --batch_size: at most about so many seconds of audio per process")
     add("--grad_accum", type=at_least(1), default=1, metavar="N",
         help="batches per step (%(default)s)")
     add("--lr", type=at_least(0, float), default=1e-4, metavar="F",
@@ -221,7 +221,6 @@ def main() -> int:
     meter = runtime.Meter(world.device, state["meter"] if state else None)
     first, best, since_best = 0, None, 0
     if state:
-        checkpoint.restore(state, model=model, optimizer=optimizer, scaler=scaler)
         first, best, since_best = state["step"], state["best"], state["since_best"]
     finished = first >= last or bool(args.patience and since_best >= args.patience)
 
@@ -270,7 +269,8 @@ def main() -> int:
     if finished and result.exists():
         world.say(f"  finished before, at step {first}")
         return finish()
-    if first:
+    if state:
+        checkpoint.restore(state, model=model, optimizer=optimizer, scaler=scaler)
         world.say(f"  going on from step {first}")
     if best is not None and not result.exists():
         raise runtime.UserError(

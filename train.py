@@ -208,10 +208,7 @@ def main() -> int:
     optimizer = torch.optim.AdamW([weights], lr=args.lr, weight_decay=0.01, eps=1e-6, fused=True)
     scaler = runtime.grad_scaler(args.precision, world.device)
     meter = runtime.Meter(world.device, state["meter"] if state else None)
-    first = 0
-    if state:
-        checkpoint.restore(state, model=model, optimizer=optimizer, scaler=scaler)
-        first = state["step"]
+    first = state["step"] if state else 0
 
     # ---- one batch: two views, one encoder pass, both losses
     def compute(batch):
@@ -269,7 +266,8 @@ def main() -> int:
     if first >= last and result.exists():
         world.say(f"  finished before, at step {first}\n{finish}")
         return 0
-    if first:
+    if state:
+        checkpoint.restore(state, model=model, optimizer=optimizer, scaler=scaler)
         world.say(f"  going on from step {first}")
     if world.main:
         checkpoint.start(out, record)

@@ -21,7 +21,8 @@ Padding: the share of all feature frames that are padding, in the batches counte
 
 On a GPU, --trace asks something else of the same scripts: in what share of the wall-clock of their
 sixth epoch (by then, nearly all shapes of batches are recorded) it runs kernels, by PyTorch's
-profiler. All batches of that epoch but the first and last count, whatever --steps and --slice.
+profiler. All batches of that epoch count but the first three (of which the profiler makes one take
+0.4 s) and the last, whatever --steps and --slice.
 """
 
 import argparse
@@ -100,11 +101,11 @@ def run_script(stage: int, args, wrapped, epochs: int) -> None:
     gc.collect()  # the model, which its records hold in a circle, before another one is made
 
 
-def kernels(profiler, device: DeviceType) -> tuple[int, float]:
-    """How many kernels ran on the device, copies not counted, and for how many seconds any of them
-    did: they may overlap."""
+def kernels(profiler, device: DeviceType, since: int = 0) -> tuple[int, float]:
+    """How many kernels ran on the device since (of time.time_ns()), copies not counted, and for how
+    many seconds any of them did: they may overlap."""
     events = profiler.profiler.kineto_results.events()
-    events = [e for e in events if e.device_type() == device]
+    events = [e for e in events if e.device_type() == device and e.start_ns() >= since]
     events = [e for e in events if not e.name().startswith(("Memcpy", "Memset"))]
     busy = end = 0
     for start, stop in sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events):
@@ -118,29 +119,31 @@ def trace(stage: int, args) -> dict:
 
     def wrapped(dataset, batches, *rest, **more):
         data.stream = stream  # the first stream is that of training
-        if len(batches) < 3:
+        if len(batches) < 5:
             raise runtime.UserError(
                 f"{len(batches)} steps an epoch of stage {stage} are too few; lower --batch_size"
             )
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         first, last = 5 * len(batches), 6 * len(batches) - 1  # without the step that ends it
         began = heard = 0.0
+        since = 0
         source = stream(dataset, batches, *rest, **more)
         for number in tqdm(range(last), unit=" steps", disable=not sys.stderr.isatty()):
             if number == first + 1:  # behind the dev set and the checkpoint
-                torch.cuda.synchronize()
                 profiler.start()
-                began = time.perf_counter()
+            elif number == first + 3:
+                torch.cuda.synchronize()
+                began, since = time.perf_counter(), time.time_ns()
             batch = next(source)
             heard += int(batch.n_samples.sum()) / SAMPLE_RATE if began else 0.0
             yield batch
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         profiler.stop()
-        count, busy = kernels(profiler, DeviceType.CUDA)
+        (count, busy), steps = kernels(profiler, DeviceType.CUDA, since), last - first - 3
         found.update(
-            stage=stage, steps=last - first - 1, audio_per_second=heard / seconds,
-            kernels=busy / seconds, kernels_a_step=count / (last - first - 1),
+            stage=stage, steps=steps, audio_per_second=heard / seconds, kernels=busy / seconds,
+            kernels_a_step=count / steps,
         )  # fmt: skip
         raise Enough
 

@@ -18,6 +18,7 @@ of audio count once. What else runs on the machine runs in these numbers: `load`
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -123,10 +124,12 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
     update = updating(model, loss_of, precision) if task.endswith("_update") else None
     if not (on_cpu or encoder or spec["eager"] or world.size > 1):  # as train.py does
         record_steps(model.encoder)
-    gradients = torch.optim.SGD(model.parameters(), foreach=True)  # zeroes them
+    clear = model.zero_grad
     if not on_cpu and task != "forward":  # to add to: new ones might lie in memory of a record
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients = torch.optim.SGD(model.parameters(), foreach=True)  # zeroes them all at once
+        clear = functools.partial(gradients.zero_grad, set_to_none=False)
 
     def step():
         if task == "forward":
@@ -135,7 +138,7 @@ def make_step(spec: dict, world: runtime.World, encoder=None):
         features, n_frames = model.log_mel(batch.waveforms, batch.n_samples)
         if update:
             return update(features, n_frames, batch)
-        gradients.zero_grad(set_to_none=on_cpu)
+        clear()
         loss_of(model, features, n_frames, batch, precision).backward()
 
     return step, model

@@ -324,8 +324,9 @@ def restore(state: dict, **parts) -> None:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"{state['path']}: its {name} is of another size or kind ({reason}); "
-                "put back the checkpoint of this run, or begin a new one with another --out"
+                f"{state['path']}: its {name} is of another size or kind, or of an older version "
+                f"of this project ({reason}); put back the checkpoint of this run, go on with the "
+                "version that began it, or begin a new one with another --out"
             ) from None
 
 

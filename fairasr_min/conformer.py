@@ -699,7 +699,8 @@ class Conformer(nn.Module):
                 layer.self_attn.pos_bias_v = self.layers[0].self_attn.pos_bias_v
 
     def forward(self, features: torch.Tensor, n_frames: torch.Tensor):
-        """(B, T, F), (B,) -> (B, T', D), lengths (B,). Frames beyond a length have no meaning."""
+        """(B, T, F), (B,) -> (B, T', D), lengths (B,). Frames beyond a length have no meaning; on a
+        GPU there are more of them (recurring())."""
         if features.device.type != "cpu":
             features = recurring(features)
         x, lengths = self.pre_encode(features, n_frames)

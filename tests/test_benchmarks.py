@@ -88,6 +88,7 @@ def test_time_in_kernels_counts_what_overlaps_once_and_no_copies(epoch):
     busy = sum(any(start <= ns < stop for start, stop in spans) for ns in range(100))
     count, seconds = epoch.kernels(profiler, DeviceType.CUDA)
     assert count == len(spans) and seconds * 1e9 == pytest.approx(busy)
+    assert epoch.kernels(profiler, DeviceType.CUDA, since=12) == (3, pytest.approx(3e-9))
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
@@ -97,6 +98,10 @@ def test_time_in_kernels_reads_what_pytorchs_profiler_gives(epoch):
         began = time.perf_counter()
         for _ in range(20):
             x @ x
+        middle = time.time_ns()
+        for _ in range(2):
+            x @ x
         seconds = time.perf_counter() - began
     count, busy = epoch.kernels(profiler, DeviceType.CPU)
-    assert count >= 20 and 0 < busy < 1.1 * seconds
+    assert count >= 22 and 0 < busy < 1.1 * seconds
+    assert 2 <= epoch.kernels(profiler, DeviceType.CPU, since=middle)[0] < 20

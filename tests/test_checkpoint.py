@@ -42,9 +42,7 @@ def test_a_part_of_joined_weights_is_saved_alone(tmp_path):
     weights = {"0.weight": model[0].weight}
     checkpoint.save_model(tmp_path / "model.pt", "encoder", CONFIG, weights, None, {}, commit="x")
     assert (tmp_path / "model.pt").stat().st_size < 100_000
-    model[0].weight.data += 1
-    found = torch.load(tmp_path / "model.pt")["weights"]["0.weight"]
-    assert torch.equal(found + 1, model[0].weight)
+    assert torch.equal(torch.load(tmp_path / "model.pt")["weights"]["0.weight"], model[0].weight)
 
 
 def test_a_stage_1_file_says_what_to_run(tmp_path):

@@ -241,6 +241,7 @@ def test_compiled_layers_have_the_gradients_of_others(traced, dropout, checkpoin
     plain = Conformer(replace(CONFIG, dropout=dropout, dropout_att=dropout))
     model = copy.deepcopy(plain)
     model.compiled, model.checkpointing = True, checkpointing
+    runtime.joined(model)
     for i, frames in enumerate([100, 60, 99]):
         found = []
         for one in (model, plain):
@@ -261,6 +262,7 @@ def gpu_steps(precision, dropout=0.1, compiled=False, recorded=False):
     model = Conformer(replace(CONFIG, dropout=dropout, dropout_att=dropout)).cuda()
     model.compiled = compiled
     if recorded:
+        runtime.joined(model)
         graphs.record_steps(model)
     found = []
     for i in range(4):

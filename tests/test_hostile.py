@@ -552,20 +552,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, attempt, stage
 
 @pytest.mark.parametrize("stage", ["train", "finetune"])
 def test_a_checkpoint_of_another_size_or_run(folder, attempt, stage):
-    assert attempt(stage, "--max_steps", 1)[0] == 0
-    assert attempt(stage, "--max_steps", 1, "--seed", 5, "--out", folder / "other")[0] == 0
+    begun = (stage, "--epochs", 3)
+    assert attempt(*begun, "--max_steps", 1)[0] == 0
+    assert attempt(*begun, "--max_steps", 1, "--seed", 5, "--out", folder / "other")[0] == 0
     last = folder / "out" / "checkpoint.pt"
     changed(last, model=lambda m: {k: torch.zeros(3) for k in m})
     before = contents(folder)
-    code, printed = attempt(stage)
+    code, printed = attempt(*begun)
     assert code == 2 and "checkpoint.pt: its model is of another size or kind" in printed
     assert contents(folder) == before
     shutil.copy(folder / "other" / "checkpoint.pt", last)
     before = contents(folder)
-    code, printed = attempt(stage)
+    code, printed = attempt(*begun)
     assert code == 2 and "seed: 5 there, 0 now" in printed
     changed(last, arguments=None)
-    code, printed = attempt(stage)
+    code, printed = attempt(*begun)
     assert code == 2 and "not the state of a run of this project" in printed
 
 

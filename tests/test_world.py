@@ -51,6 +51,7 @@ def one_step(stage, n, independent, columns, rank=0, size=1):
     torch.manual_seed(0)
     if stage == 1:
         model = FairASR(CONFIG, len(columns), independent)
+        weights = runtime.joined(model)
         z, reversed_z = model(
             torch.cat([features[0, mine], features[1, mine]]), n_frames[mine].repeat(2)
         )
@@ -62,10 +63,10 @@ def one_step(stage, n, independent, columns, rank=0, size=1):
             loss = loss + 0.7 * losses.sup_con(r1, r2, y) / len(columns)
     else:
         model = ConformerCTC(CONFIG, vocab_size=5)
+        weights = runtime.joined(model)
         log_probs, lengths = model.log_probs(features[0, mine], n_frames[mine])
         each = losses.ctc_loss(log_probs, lengths, targets[mine], torch.full((len(lengths),), 2))
         loss = each.sum() * size / runtime.total(torch.tensor(len(each)))
-    weights = runtime.joined(model)
     loss.backward()
     runtime.average_gradients(weights)
     grads = {k: p.grad for k, p in model.named_parameters()}
