@@ -90,7 +90,7 @@ def encoder_frames(n_frames, factor: int = 4):
 
 def recurring(features):
     """(B, T, F) -> (B, T and up to a sixteenth more, F), so that batches have few lengths: a GPU
-    takes a second for the first batch of a shape (most of it cuDNN's, to choose how to convolve),
+    takes a second for the first batch of a shape (half of it in cuDNN's convolutions: RESULTS.md),
     and replays those that it knows (graphs.py). Also a multiple of 32, 8 frames of the encoder,
     for rows of aligned numbers."""
     t = features.shape[1]

@@ -263,16 +263,19 @@ def lr_at(step: int, steps: int, peak: float, warmup: float, floor: float) -> fl
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+ROW = 64  # numbers, as a multiple of which each parameter has its place in joined()
+
+
 @torch.no_grad()
 def joined(model: torch.nn.Module) -> torch.nn.Parameter:
-    """All parameters of a model as one, of which they become views (each begins at a multiple of 64
-    numbers), as their gradients of its gradient: zeros, to which each backward pass adds.
+    """All parameters of a model (of one type) as one, (P,), of which they become views, as their
+    gradients of its gradient: zeros, to which each backward pass adds.
 
     Clipping, AdamW, the mean over processes then are a few calls. A loop over 700 parameters, each
     a call of Python's, keeps a GPU waiting, and takes 3 % of a step on a CPU (RESULTS.md).
     """
     parameters = list(model.parameters())
-    sizes = [-(-p.numel() // 64) * 64 for p in parameters]
+    sizes = [-(-p.numel() // ROW) * ROW for p in parameters]
     weights = torch.nn.Parameter(parameters[0].new_zeros(sum(sizes)))
     weights.grad = torch.zeros_like(weights)
     for p, part, grad in zip(parameters, weights.split(sizes), weights.grad.split(sizes)):
@@ -291,7 +294,7 @@ def update(weights, optimizer, scaler, buffers, before, grad_clip: float) -> tup
     average_gradients(weights)
     scaler.unscale_(optimizer)
     # row by row: in one go, a CPU's sum in float32 loses 0.8 % of the norm of size large
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(weights.grad.view(-1, 64), dim=1))
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(weights.grad.view(-1, ROW), dim=1))
     torch.nn.utils.clip_grads_with_norm_(weights, grad_clip, norm)
     done = norm.isfinite()
     scaler.step(optimizer)

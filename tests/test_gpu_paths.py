@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fairasr_min import losses
 from fairasr_min.audio import SpecAugment
-from fairasr_min.conformer import ConformerConfig
+from fairasr_min.conformer import ConformerConfig, encoder_frames
 from fairasr_min.model import ConformerCTC, FairASR
 
 CONFIG = ConformerConfig(d_model=16, n_layers=2, n_heads=2, conv_kernel=5, subsampling_channels=4)
@@ -95,6 +95,8 @@ def test_stage_2_stays_on_its_device(meta, name):
             best, _ = model.best_classes(features, n_frames)
     assert all(p.grad.shape == p.shape and p.grad.is_meta for p in model.parameters())
     assert log_probs.dtype == torch.float32 and best.shape == log_probs.shape[:2]
+    assert features.shape[1] == 76  # and 96 go through the encoder, in training or not
+    assert best.shape[1] == encoder_frames(96, CONFIGS[name].subsampling_factor)
     assert log_probs.is_meta and lengths.is_meta and best.is_meta
 
 

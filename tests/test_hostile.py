@@ -560,6 +560,8 @@ def test_a_checkpoint_of_another_size_or_run(folder, attempt, stage):
     before = contents(folder)
     code, printed = attempt(*begun)
     assert code == 2 and "checkpoint.pt: its model is of another size or kind" in printed
+    code, printed = attempt(*begun, "--max_steps", 1)  # whose result is there
+    assert code == 0 and "finished before, at step 1" in printed
     assert contents(folder) == before
     shutil.copy(folder / "other" / "checkpoint.pt", last)
     before = contents(folder)
