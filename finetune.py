@@ -12,7 +12,6 @@ group; the test manifest is never looked at. Writes runs/finetune/model.pt for e
 
 import argparse
 import shlex
-from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def arguments() -> argparse.ArgumentParser:
         help="peak learning rate (1e-4; demo: %g)" % DEMO["lr"])
     add("--min_lr", type=at_least(0, float), default=1e-5, metavar="F",
         help="where its cosine ends (1e-5; demo: %g)" % DEMO["min_lr"])
-    add("--warmup", type=at_least(0, float), default=0.05, metavar="F",
+    add("--warmup", type=at_least(0, float, 1), default=0.05, metavar="F",
         help="fraction of the steps in which it rises (%(default)s)")
     add("--grad_clip", type=at_least(1e-9, float), default=1.0, metavar="F",
         help="largest gradient norm (%(default)s)")
@@ -104,13 +103,13 @@ def arguments() -> argparse.ArgumentParser:
         help="of matrix products; loss and features stay fp32 (%(default)s)")
     add("--activation_checkpointing", action="store_true",
         help="keep each encoder layer's input only, and compute the rest again for the gradient: "
-             "less memory for long clips or large models, about a third more time")
+             "less memory for long clips or large models, a fifth to a third more time")
     add("--compile", action="store_true",
         help="the encoder's layers by torch.compile: faster steps after a minute (GPU only)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: a GPU if there is one (%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N",
-        help="processes that read audio ahead; 4 or more feed a GPU (%(default)s)")
+        help="processes that read audio ahead; 8 or more feed a GPU (%(default)s)")
     # fmt: on
     return p
 
@@ -323,8 +322,7 @@ def main() -> int:
             report.write_model_card(out, {**found, "config": asdict(config), "arguments": record})
 
     # ---- the loop
-    accum, recent = args.grad_accum, deque(maxlen=runtime.TOO_MANY_SKIPS)
-    buffers = list(model.buffers())
+    accum, buffers = args.grad_accum, list(model.encoder.buffers())  # of its BatchNorms
     stream = data.stream(
         train_set, batches, first * accum, last * accum,
         world.rank, world.size, args.num_workers, world.device.type == "cuda",
@@ -335,11 +333,11 @@ def main() -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         runtime.seed_everything(args.seed, step + 1, world.rank)  # dropout
-        before = [b.clone() for b in buffers]  # BatchNorm's, put back if the step is skipped
-        ctc = 0.0
+        before = [b.clone() for b in buffers]  # put back if the step is skipped
+        ctc, held = 0.0, []  # the loss, indices of utterances
         for _ in range(accum):
             batch = next(stream)
-            recent.append(batch.index)
+            held += batch.index
             bar.heard(batch.n_samples)
             loss = compute(batch.to(world.device))
             scaler.scale(loss / accum).backward()
@@ -351,9 +349,10 @@ def main() -> int:
         n = step + 1  # steps done
         epoch, left = divmod(n * accum, len(batches))
         ended = left < accum or n == steps  # this step has reached into a new epoch
+        epoch = args.epochs if n == steps else epoch
         if n % runtime.LOG_EVERY == 0 or n == last:
             over = n == last and args.precision != "fp16"  # which looks for its scale at first
-            runtime.stop_if_diverged(meter, utterances, recent, over)
+            runtime.stop_if_diverged(meter, utterances, held, over)
         if n % runtime.LOG_EVERY == 0 or n == steps:
             means = {"lr": lr, **meter.read()}
             log.write(n, **means)
@@ -385,7 +384,7 @@ def main() -> int:
 
     # ---- the result
     if best is None:  # stopped by --max_steps before the end of the first epoch
-        save_best(last, {})
+        save_best(max(first, last), {})
     return finish()
 
 

@@ -17,7 +17,6 @@ runs/pretrain/pretrained.pt, which finetune.py picks up. Kim et al., "FairASR", 
 """
 
 import argparse
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -91,7 +90,7 @@ def arguments() -> argparse.ArgumentParser:
         help="peak learning rate (1e-4; demo: %g)" % DEMO["lr"])
     add("--min_lr", type=at_least(0, float), default=1e-6, metavar="F",
         help="where its cosine ends (1e-6; demo: %g)" % DEMO["min_lr"])
-    add("--warmup", type=at_least(0, float), default=0.05, metavar="F",
+    add("--warmup", type=at_least(0, float, 1), default=0.05, metavar="F",
         help="fraction of the steps in which it rises (%(default)s)")
     add("--grad_clip", type=at_least(1e-9, float), default=1.0, metavar="F",
         help="largest gradient norm (%(default)s)")
@@ -108,13 +107,13 @@ def arguments() -> argparse.ArgumentParser:
         help="of matrix products; losses and features stay fp32 (%(default)s)")
     add("--activation_checkpointing", action="store_true",
         help="keep each encoder layer's input only, and compute the rest again for the gradient: "
-             "less memory for long clips or large models, about a third more time")
+             "less memory for long clips or large models, a fifth to a third more time")
     add("--compile", action="store_true",
         help="the encoder's layers by torch.compile: faster steps after a minute (GPU only)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: a GPU if there is one (%(default)s)")
     add("--num_workers", type=at_least(0), default=0, metavar="N",
-        help="processes that read audio ahead; 4 or more feed a GPU (%(default)s)")
+        help="processes that read audio ahead; 8 or more feed a GPU (%(default)s)")
     # fmt: on
     return p
 
@@ -261,8 +260,8 @@ def main() -> int:
     )
     world.say("  " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
     result = out / "pretrained.pt"
-    init = "" if args.out == "runs/pretrain" else f" --init {result}"
-    finish = f"stage 1 done: {result}\nnext: python finetune.py{init}"
+    init_flag = "" if args.out == "runs/pretrain" else f" --init {result}"
+    finish = f"stage 1 done: {result}\nnext: python finetune.py{init_flag}"
     if first >= last and result.exists():
         world.say(f"  finished before, at step {first}\n{finish}")
         return 0
@@ -289,8 +288,7 @@ def main() -> int:
             })  # fmt: skip
 
     # ---- the loop
-    accum, recent = args.grad_accum, deque(maxlen=runtime.TOO_MANY_SKIPS)
-    buffers = list(model.buffers())
+    accum, buffers = args.grad_accum, list(model.encoder.buffers())  # of its BatchNorms
     stream = data.stream(
         train_set, batches, first * accum, last * accum,
         world.rank, world.size, args.num_workers, world.device.type == "cuda",
@@ -301,11 +299,11 @@ def main() -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         runtime.seed_everything(args.seed, step + 1, world.rank)  # dropout
-        before = [b.clone() for b in buffers]  # BatchNorm's, put back if the step is skipped
-        seen = {}
+        before = [b.clone() for b in buffers]  # put back if the step is skipped
+        seen, held = {}, []  # losses, indices of utterances
         for _ in range(accum):
             batch = next(stream)
-            recent.append(batch.index)
+            held += batch.index
             bar.heard(batch.n_samples)
             loss, parts = compute(batch.to(world.device))
             scaler.scale(loss / accum).backward()
@@ -316,9 +314,10 @@ def main() -> int:
         n = step + 1  # steps done
         epoch, left = divmod(n * accum, len(batches))
         ended = left < accum or n == steps  # this step has reached into a new epoch
+        epoch = args.epochs if n == steps else epoch
         if n % runtime.LOG_EVERY == 0 or n == last:
             over = n == last and args.precision != "fp16"  # which looks for its scale at first
-            runtime.stop_if_diverged(meter, utterances, recent, over)
+            runtime.stop_if_diverged(meter, utterances, held, over)
         if n % runtime.LOG_EVERY == 0 or n == steps:
             means = {"lr": lr, **meter.read()}
             log.write(n, **means)
@@ -330,9 +329,9 @@ def main() -> int:
                     f"{means['grad_norm']:.1g}. Try a lower --lr (in another --out)"
                 )
         if ended and dev_set:
-            seen = watch_dev()
-            log.write(n, epoch=epoch, **seen)
-            bar.line(f"epoch {epoch}/{args.epochs}: {runtime.rounded(seen)}")
+            dev = watch_dev()
+            log.write(n, epoch=epoch, **dev)
+            bar.line(f"epoch {epoch}/{args.epochs}: {runtime.rounded(dev)}")
         bar.update()
         signal = stop.agreed()
         if ended or n % args.save_every == 0 or n == last or signal:
@@ -352,7 +351,8 @@ def main() -> int:
         checkpoint.save_model(
             result, "encoder", config, {**own, **carried},
             initial["tokenizer"] if initial else None, record,
-            stage=1, step=last, labels=values, synthetic=synthetic, commit=runtime.commit(),
+            stage=1, step=max(first, last), labels=values, synthetic=synthetic,
+            commit=runtime.commit(),
         )  # fmt: skip
     world.say(finish)
     return 0

@@ -22,6 +22,7 @@ import functools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def updating(model, loss_of, precision):
     """loss_of with all that our scripts do for a step: (features, n_frames, batch) -> None."""
     weights = runtime.joined(model)
     optimizer = torch.optim.AdamW([weights], lr=1e-4, weight_decay=0.01, eps=1e-6, fused=True)
-    scaler, buffers = runtime.grad_scaler(precision, weights.device), list(model.buffers())
+    scaler, buffers = runtime.grad_scaler(precision, weights.device), list(model.encoder.buffers())
 
     def step(features, n_frames, batch):
         before = [b.clone() for b in buffers]
@@ -213,9 +214,10 @@ def launch(spec: dict, script: str = __file__) -> dict:
 def about(device: torch.device) -> dict:
     """What the numbers depend on, besides the arguments."""
     try:
-        info = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(": ", 1)[1] for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
+        info = Path("/proc/cpuinfo").read_text()
+        cpu = dict(re.findall(r"^(.+?)\s*: (.+)$", info, re.MULTILINE))
+        cpu = f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']})"
+    except (OSError, KeyError):
         cpu = platform.processor() or platform.machine()
     return {
         "commit": runtime.commit(),

@@ -181,8 +181,9 @@ class LogMel(nn.Module):
     def forward(self, waveforms: torch.Tensor, n_samples: torch.Tensor):
         """(B, S), (B,) -> features (B, T, F), n_frames (B,).
 
-        T = S // 160 + 1 and n_frames = n_samples // 160: the last frame is always padding.
-        Frames from n_frames on are zero, and no utterance depends on what it is batched with.
+        n_frames = n_samples // hop, and T = S // hop + 1 (or more, see pad_to): the last frame is
+        always padding. Frames from n_frames on hold pad_value, and no utterance depends on what it
+        is batched with.
         """
         with torch.autocast(waveforms.device.type, enabled=False):
             x = waveforms.float()

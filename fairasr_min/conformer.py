@@ -1,8 +1,9 @@
 """The Conformer encoder (Gulati et al., Interspeech 2020), with the numerics of NeMo >= 2.5.
 
 Shapes: B batch, T feature frames (10 ms), F mel bins, T' encoder frames (40 ms, unless the config
-says otherwise), D model, H heads. Padding is masked wherever it could leak (subsampling, attention,
-convolution, BatchNorm), so that an utterance is encoded the same whatever it is batched with.
+says otherwise), D model, H heads; T/2 and the like are rounded up. Padding is masked wherever it
+could leak (subsampling, attention, convolution, BatchNorm), so that an utterance is encoded the
+same whatever it is batched with.
 
 Parameter names are NeMo's: the encoder of one of its checkpoints loads with strict=True.
 """
@@ -89,10 +90,10 @@ def encoder_frames(n_frames, factor: int = 4):
 
 
 def recurring(features):
-    """(B, T, F) -> (B, T and up to a sixteenth more, F), so that batches have few lengths: a GPU
-    takes a second for the first batch of a shape (half of it in cuDNN's convolutions: RESULTS.md),
-    and replays those that it knows (graphs.py). Also a multiple of 32, 8 frames of the encoder,
-    for rows of aligned numbers."""
+    """(B, T, F), T filled up with zeros to a multiple of 32 frames, 8 of the encoder, for rows of
+    aligned numbers; from 512 frames on, to one that adds a sixteenth at most. So batches have few
+    lengths: a GPU takes a second for the first batch of a shape (half of it in cuDNN's
+    convolutions: RESULTS.md), and replays those that it knows (graphs.py)."""
     t = features.shape[1]
     return F.pad(features, (0, 0, 0, -t % (1 << max(5, t.bit_length() - 5))))
 
@@ -118,17 +119,18 @@ class Subsampling(nn.Module):
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T', D), (B,)."""
         seen = patches((x * length_mask(lengths, x.shape[1])[:, :, None]).to(product_type(x)))
-        lengths, (first, _, *others) = _halved(lengths), self.conv
+        lengths = _halved(lengths)
+        first, _, *others = self.conv  # _: its ReLU, which linear() takes along
         seen.mul_(length_mask(lengths, seen.shape[1])[:, :, None, None])  # so that padding stays 0
         # the first convolution as a product: a third of the time that one of one channel takes
         weight = once(_with_bias, first.weight, first.bias, seen.shape[-1])
-        dense = others and others[0].groups == 1
+        dense = len(others) > 0 and others[0].groups == 1
         if dense and x.device.type == "cpu" and not seen.requires_grad:
             second, *others = others
             lengths = _halved(lengths)
             x = _TwoConvs.apply(seen, weight, second.weight, second.bias)
         else:
-            x = linear(seen, weight, then="relu").permute(0, 3, 1, 2)  # (B, C, T', F')
+            x = linear(seen, weight, then="relu").permute(0, 3, 1, 2)  # (B, C, T/2, F/2)
         for layer in others:
             if isinstance(layer, nn.ReLU):
                 # The biases have written into the padding, and the next kernel would read it. Only
@@ -159,7 +161,7 @@ def _channels_last(weight, channels: int):
 
 
 def patches(x) -> torch.Tensor:
-    """(B, T, F) -> (B, T', F', 16): the nine numbers that a kernel of 3 sees with stride 2 and
+    """(B, T, F) -> (B, T/2, F/2, 16): the nine numbers that a kernel of 3 sees with stride 2 and
     padding 1, a 1 for its bias, and zeros up to a width that products are fast with."""
     b, t, f = x.shape
     out, x = x.new_zeros(b, _halved(t), _halved(f), 16), F.pad(x, (1, 1, 1, 1))
@@ -177,7 +179,7 @@ class _TwoConvs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, seen, w1, w2, b2):
-        """(B, T', F', 16) of patches(), (C, 16), (C2, C, 3, 3), (C2,) -> (B, C2, T'/2, F'/2)."""
+        """(B, T/2, F/2, 16) of patches(), (C, 16), (C2, C, 3, 3), (C2,) -> (B, C2, T/4, F/4)."""
         x = linear(seen, w1, then="relu").permute(0, 3, 1, 2)
         w2 = w2.to(x.dtype)
         ctx.save_for_backward(seen, w1, x, w2)
@@ -188,20 +190,21 @@ class _TwoConvs(torch.autograd.Function):
         seen, w1, x, w2 = ctx.saved_tensors
         d_y = d_y.contiguous(memory_format=torch.channels_last)
         d_w1, d_w2 = torch.zeros_like(w1), torch.zeros_like(w2, dtype=w1.dtype)
-        options = ([2, 2], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, ...
+        wanted = (True, x.dtype != torch.float32, False)  # gradients of input, weight, bias
+        # stride, padding, dilation; transposed, output's padding, groups
+        options = ([2, 2], [1, 1], [1, 1], False, [0, 0], 1, wanted)
 
         def rows(x):
             return x.permute(0, 2, 3, 1).flatten(0, 2)  # (1, C, T, F) -> (T F, C)
 
         for d_one, one, seen_one in zip(d_y.split(1), x.split(1), seen):
-            which = (True, x.dtype != torch.float32, False)
-            d_x, d_w, _ = torch.ops.aten.convolution_backward(d_one, one, w2, None, *options, which)
+            d_x, d_w, _ = torch.ops.aten.convolution_backward(d_one, one, w2, None, *options)
             torch.ops.aten.threshold_backward.grad_input(d_x, one, 0, grad_input=d_x)
             d_w1 += transposed_product(rows(d_x), seen_one.flatten(0, 1))
             if d_w is None:
                 # a product with what each place saw: up to five times as fast as oneDNN's gradient
                 # of the weight in float32
-                near = F.pad(one[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T' + 2, F' + 2, C)
+                near = F.pad(one[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1))  # (T/2 + 2, F/2 + 2, C)
                 near = near.unfold(0, 3, 2).unfold(1, 3, 2).permute(0, 1, 3, 4, 2).flatten(2)
                 d_w = transposed_product(near.flatten(0, 1), rows(d_one))  # (9 C, C2)
                 d_w = d_w.unflatten(0, (3, 3, -1)).permute(3, 2, 0, 1)
@@ -354,7 +357,7 @@ class _Attention(torch.autograd.Function):
     what is not kept stays small, however long the audio.
     """
 
-    BYTES = 512  # of a column of as many rows: 128 in float32, 256 in bfloat16
+    BYTES = 512  # of a column of the scores taken at a time: 128 rows in float32, 256 in bfloat16
 
     @staticmethod
     def row_slices(x):
@@ -382,8 +385,8 @@ class _Attention(torch.autograd.Function):
                 scores += context[rows]
             weights = attention_weights(scores)
             mask = dropout_mask(weights.shape, dropout, weights) if dropout else None
-            left = kept(weights, mask) if dropout else weights
-            y = torch.bmm(left, values).view(h, b, -1, wide)[..., :d]
+            dropped = kept(weights, mask) if dropout else weights
+            y = torch.bmm(dropped, values).view(h, b, -1, wide)[..., :d]
             out[:, rows] = y.permute(1, 2, 0, 3)
             if ctx.needs_input_grad[0]:
                 blocks += [weights, mask]
@@ -402,9 +405,9 @@ class _Attention(torch.autograd.Function):
         d_q, d_k, d_v = d_qkv.flatten(1, 2)
         slices = _Attention.row_slices(qkv)
         for (rows, near), weights, mask in zip(slices, blocks[::2], blocks[1::2]):
-            d_scores, left = torch.bmm(d_y[:, rows], values_ln2.transpose(1, 2)), weights
+            d_scores, dropped = torch.bmm(d_y[:, rows], values_ln2.transpose(1, 2)), weights
             if mask is not None:
-                d_scores, left = keep_(d_scores, mask), kept(weights, mask)
+                d_scores, dropped = keep_(d_scores, mask), kept(weights, mask)
             d_scores = torch._softmax_backward_data(d_scores, weights, -1, weights.dtype)
             shifted = d_scores.new_zeros(h, b, d_scores.shape[1], near.stop - near.start)
             by_key(shifted, n).copy_(d_scores.view(h, b, -1, n))
@@ -413,7 +416,7 @@ class _Attention(torch.autograd.Function):
             d_q[:, rows] = torch.baddbmm(d_rows, shifted, p[:, near]).view(h * b, -1, wide)
             d_p[:, near] += torch.bmm(shifted.transpose(1, 2), qkv[0, :, :, rows].flatten(1, 2))
             again = int(rows.start > 0)  # the first block overwrites what was not initialised
-            torch.baddbmm(d_v, left.transpose(1, 2), d_y[:, rows], beta=again, out=d_v)
+            torch.baddbmm(d_v, dropped.transpose(1, 2), d_y[:, rows], beta=again, out=d_v)
             torch.baddbmm(d_k, d_scores.transpose(1, 2), q[:, rows], beta=again, out=d_k)
         return d_qkv, d_p, None, None, None
 
@@ -422,11 +425,11 @@ def attention_weights(scores: torch.Tensor) -> torch.Tensor:
     """softmax(scores ln 2) over the last dimension, computed in float32 at least.
 
     On a CPU as powers of two, of which PyTorch computes in a second four times as many as powers of
-    e, and without taking their maximum from the scores first, which only numbers far out need: a
-    sum that leaves the range says so. Half to two thirds of the time of softmax.
+    e, and without taking their maximum from the scores first, which only numbers far out need, or
+    rows that may see no key: a sum out of range says so. Half to two thirds of softmax's time.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = torch.exp2(wide, out=None if wide is scores else wide)
+    weights = torch.exp2(wide, out=None if wide is scores else wide)  # scores: for the last line
     total = weights.sum(-1, keepdim=True)
     if total.min() > 2.0**-100 and total.max() < 2.0**100:
         return weights.mul_(1 / total).to(scores.dtype)
@@ -480,12 +483,12 @@ class _BatchNorm(torch.autograd.Function):
         """(B, T', D), (B, T', 1), (D,), (D,) -> y, mean (D,), variance (D,), count."""
         wide, valid = x.float(), valid.float()
         count = valid.sum()  # here: of this process
-        center = (wide * valid).sum((0, 1)) / count.clamp(min=1)
-        centred = wide - center
+        own_mean = (wide * valid).sum((0, 1)) / count.clamp(min=1)
+        centred = wide - own_mean
         squares = (centred * valid).square_().sum((0, 1))
         # In one message: the moments of the parts give those of the whole (Chan et al., 1983)
-        moments = _of_each_process(torch.cat([center, squares, count[None]]))
-        means, squares, counts = moments.split([len(center), len(center), 1], dim=1)
+        moments = _of_each_process(torch.cat([own_mean, squares, count[None]]))
+        means, squares, counts = moments.split([len(own_mean), len(own_mean), 1], dim=1)
         count = counts.sum().clamp(min=1)
         mean = (means * counts).sum(0) / count
         variance = (squares + counts * (means - mean).square()).sum(0) / count
@@ -493,7 +496,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, valid, weight, mean, rate, count)
         ctx.mark_non_differentiable(mean, variance, count)
         scale = weight * rate
-        y = torch.addcmul(bias + (center - mean) * scale, centred, scale)
+        y = torch.addcmul(bias + (own_mean - mean) * scale, centred, scale)
         # no y.to(x.dtype): one that changes nothing loses the gradient, compiled (PyTorch 2.11)
         return y, mean, variance, count
 
@@ -674,7 +677,7 @@ class ConformerLayer(nn.Module):
 
     def forward(self, x, valid, context, positions):
         """(B, T', D), (B, T') bool, (T', T') bool or None, positions (P, D) -> (B, T', D)."""
-        add = self.dropout  # (what a block gives, and the x to add it to)
+        add = self.dropout  # add(y, x, share): x + share * dropout(y)
         x = add(self.feed_forward1(self.norm_feed_forward1(x)), x, 0.5)
         x = add(self.self_attn(self.norm_self_att(x), valid, context, positions), x)
         x = add(self.conv(self.norm_conv(x), valid), x)
@@ -683,6 +686,9 @@ class ConformerLayer(nn.Module):
 
 
 class Conformer(nn.Module):
+    """Subsampling, then n_layers of ConformerLayer. Of parameters in float32: its convolutions and
+    BatchNorms compute in nothing else."""
+
     def __init__(self, config: ConformerConfig):
         super().__init__()
         self.config = config

@@ -42,7 +42,7 @@ from fairasr_min.audio import (
 from fairasr_min.text import Tokenizer, ctc_min_frames, normalize, printable
 
 ROOT = Path(__file__).resolve().parent.parent  # of the checkout
-LONGEST = 3600.0  # seconds; a longer "utterance" is a mistake in the manifest
+MOST_SECONDS = 3600.0  # a longer "utterance" is a mistake in the manifest
 SHOWN = 20  # bad rows named in one message
 LONG = 500  # characters of one reason
 MANY_VALUES = 50  # a label column with more values is probably not a group
@@ -156,9 +156,9 @@ def _read_row(line, number, manifest, audio_root, text, utterances, bad):
         return refuse("no audio_filepath")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         return refuse("no duration (a number, in seconds)")
-    if not 0 < seconds <= LONGEST:  # also catches NaN
+    if not 0 < seconds <= MOST_SECONDS:  # also catches NaN
         return refuse(
-            f"absurd duration {seconds!r:.40}; over 0, at most {LONGEST:.0f} s are expected"
+            f"absurd duration {seconds!r:.40}; over 0, at most {MOST_SECONDS:.0f} s are expected"
         )
     offset = row.get("offset")
     if offset is not None and (
@@ -615,13 +615,8 @@ class _Share:
     """This process's part of each batch, from batch number `start` of the run to `stop`."""
 
     def __init__(self, batches: Batches, start: int, stop: int, rank: int, world: int):
-        self.batches, self.start, self.stop, self.rank, self.world = (
-            batches,
-            start,
-            stop,
-            rank,
-            world,
-        )
+        self.batches, self.start, self.stop = batches, start, stop
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -59,14 +59,15 @@ def encode_corpus(
     is encoded the same whatever its batch; long ones come in smaller batches, or alone. Raises
     AudioError for a file that cannot be decoded.
     """
-    batches, longest = [], LONGEST
+    # a batch: (epoch, index) as a data set wants them, though nothing here depends on an epoch
+    batches, longest = [], 0.0  # seconds, in the last batch
     for i in np.argsort([-u.seconds for u in utterances], kind="stable"):  # like with like
-        size = len(batches[-1]) if batches else batch_size
-        if size < batch_size and (size + 1) * longest**2 <= LONGEST**2:
-            batches[-1].append((0, int(i)))
-        else:
+        full = not batches or len(batches[-1]) == batch_size
+        # attention takes memory by the square of the longest: no more than a clip of LONGEST does
+        if full or (len(batches[-1]) + 1) * longest**2 > LONGEST**2:
+            batches.append([])
             longest = utterances[i].seconds
-            batches.append([(0, int(i))])
+        batches[-1].append((0, int(i)))
     mine = batches[world.rank :: world.size]
     loader = DataLoader(
         SpeechDataset(utterances),

@@ -22,10 +22,9 @@ def record_steps(encoder: nn.Module) -> None:
     """From now on encoder(features, n_frames), a Conformer on a GPU, is recorded and replayed in
     training.
 
-    Each backward pass adds to the gradients that the parameters have by then (so runtime.joined()
-    comes first; or to zeros), and these must stay (zero_grad(set_to_none=False)). Once a batch has
-    gone through the encoder, nothing may be asked of the one before: they share memory.
-    RuntimeError otherwise.
+    Comes after runtime.joined(): each backward pass adds to the gradients that the parameters have
+    now (else to zeros made here), and these must stay (zero_grad(set_to_none=False)). All records
+    share memory: a batch's backward pass comes before the next batch. RuntimeError otherwise.
     """
     _stream().wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(_stream())

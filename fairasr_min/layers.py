@@ -55,11 +55,11 @@ class Linear(nn.Linear):
 
 
 def linear(x, weight, bias=None, then: str = "none"):
-    """F.linear: (..., D), (D2, D), (D2,) -> (..., D2), then "swish" or "relu" of it. On a CPU by
-    oneDNN, which adds the bias (and without a gradient takes what follows) on the way, by the
-    operator that torch.compile would call; and in float32 uses the whole vector width of the
-    machine. PyTorch's own way there is MKL, which of 512 bits takes half where Intel did not build
-    the CPU, and twice the time."""
+    """F.linear: (..., D), (D2, D), (D2,) -> (..., D2), then "swish" or "relu" of it.
+
+    On a CPU by oneDNN's operator, as torch.compile would call it, which adds the bias on the way,
+    and without a gradient also takes what follows. In float32 PyTorch itself would call MKL, which
+    on CPUs that are not Intel's uses 256 of 512 vector bits, and takes twice as long."""
     dtype = product_type(x)
     onednn = x.device.type == "cpu" and _onednn_takes(dtype)
     if onednn and not torch.is_grad_enabled():
@@ -150,9 +150,9 @@ CPU_INFO = Path("/proc/cpuinfo")  # Linux's
 
 @functools.cache
 def _mkl_takes_half() -> bool:
-    """Are there vectors of 512 bits, and has not Intel built them? Elsewhere MKL takes all, and
-    oneDNN's gradient of a weight up to two (512 bits) or four times (256) as long. AMD's family 25
-    (Zen 4) takes 512 bits in two turns: there, MKL's half is all."""
+    """Has this CPU vectors of 512 bits, of which MKL uses half, since it is not Intel's? AMD's
+    family 25 (Zen 4) takes them in two turns of 256: there, half is all. Where MKL uses all,
+    oneDNN's gradient of a weight takes up to two (512 bits) or four times (256) as long."""
     cpu = torch.cpu.get_capabilities()
     if not cpu.get("avx512_f", False) or cpu.get("cpu_name", "").startswith("Intel"):
         return False

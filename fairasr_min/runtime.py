@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,7 +30,6 @@ except ImportError:  # optional
 
 LOG_EVERY = 10  # steps between two lines of log.jsonl
 TOO_MANY_SKIPS = 10  # non-finite steps in a row that end a run
-NEVER = 2**31 - 1  # growth interval of a loss scale that stays 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,13 +37,14 @@ class UserError(Exception):
     """A mistake of the user's: printed as it is, without a traceback."""
 
 
-def at_least(low: float, kind: type = int):
-    """An argparse type: a finite number of that kind, from `low` on."""
+def at_least(low: float, kind: type = int, most: float = math.inf):
+    """An argparse type: a finite number of that kind, from `low` on, `most` at most."""
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: a number from {low} on is expected")
+        if not (low <= value <= most and value < math.inf):
+            expected = f"from {low} on" if most == math.inf else f"from {low} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: a number {expected} is expected")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
@@ -89,7 +88,9 @@ def setup(device: str = "auto") -> World:
     if size == 1:
         return World(0, 1, torch.device(device))
     if device == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise UserError(f"--nproc_per_node: {local + 1} or more processes for {there} GPU(s)")
         torch.cuda.set_device(local)
         where = torch.device("cuda", local)
     else:
@@ -127,25 +128,27 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
         code = main()
     except (UserError, *mistakes) as error:
         code, message = 2, str(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = str(error).split("\n")[0][:200] or "the system gives no more"
-        less = (
-            "a smaller --batch_size or --max_seconds, in training also --activation_checkpointing"
-        )
-        code, message = 2, f"out of memory ({reason}); try {less}"
     except KeyboardInterrupt:  # outside of a loop that saves
         print("interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0]
-        if not (isinstance(error, dist.DistError) or "gloo" in reason or "by peer" in reason):
+    except (MemoryError, RuntimeError) as error:
+        code, reason = 2, str(error).split("\n")[0]
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if full or "can't allocate memory" in reason:  # so says PyTorch on a CPU
+            reason = reason.split("DefaultCPUAllocator: ")[-1][:200] or "the system gives no more"
+            message = (
+                f"out of memory ({reason}); try a smaller --batch_size or --max_seconds, in "
+                "training also --activation_checkpointing"
+            )
+        elif isinstance(error, dist.DistError) or "gloo" in reason or "by peer" in reason:
+            message = f"lost another process; the cause stands above, or below ({reason})"
+            if "connectFullMesh" in reason:  # they have never met
+                message += "; between machines, GLOO_SOCKET_IFNAME names the interface (README)"
+        else:
             raise
-        code, message = 2, f"lost another process; the cause stands above, or below ({reason})"
-        if "connectFullMesh" in reason:  # they have never met
-            message += "; between machines, GLOO_SOCKET_IFNAME names the interface (README)"
     if code == 2:
         print(f"error: {rank}{message}", file=sys.stderr, flush=True)
     elif code == 0 and dist.is_initialized():  # else the others may wait for us in vain
@@ -218,7 +221,7 @@ def seed_everything(seed: int, *stream: int) -> None:
     Seeding each step makes dropout a function of the step: a resumed run needs no saved generator.
     """
     state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(state) >> 1)
+    torch.manual_seed(int(state) >> 1)  # of 63 bits, as ever: runs repeat
 
 
 def check_supported(precision: str, device: torch.device, compiled: bool = False) -> None:
@@ -228,8 +231,9 @@ def check_supported(precision: str, device: torch.device, compiled: bool = False
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if compiled and device.type != "cuda":
         raise UserError("--compile is for a GPU; the layers' own way on a CPU is faster")
-    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-    slow = device.type == "cpu" and not (onednn and onednn._is_mkldnn_bf16_supported())
+    onednn = torch.backends.mkldnn.is_available()
+    fast = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = device.type == "cpu" and not fast
     if precision == "bf16" and slow and os.environ.get("RANK", "0") == "0":
         print(
             "warning: this CPU has no instructions for bf16, which will take many times as long "
@@ -247,15 +251,14 @@ def autocast(precision: str, device: torch.device):
 
 
 def grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss for fp16. With scale 1 it is used in fp32 and bf16 only because its step()
-    leaves out a non-finite gradient on the device, without asking the host."""
-    if precision == "fp16":
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=NEVER)
+    """Scales the loss for fp16, as far as gradients stay finite; otherwise it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def lr_at(step: int, steps: int, peak: float, warmup: float, floor: float) -> float:
-    """Learning rate of a step: linear warm-up over a fraction of the steps, cosine to the floor."""
+    """Learning rate of a step: linear warm-up over a fraction of the steps, cosine to the floor,
+    or to the peak if that is lower."""
+    floor = min(floor, peak)
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising
@@ -287,9 +290,9 @@ def joined(model: torch.nn.Module) -> torch.nn.Parameter:
 def update(weights, optimizer, scaler, buffers, before, grad_clip: float) -> tuple:
     """One optimizer step from the gradients at hand -> gradient norm and 1.0 if done, 0.0 if not.
 
-    weights: joined(model), the optimizer's only parameter. A non-finite gradient (which a
-    non-finite loss gives) skips the step: weights and optimizer stay as they were, and buffers
-    (BatchNorm's) become again what they were before. Nothing waits for the device.
+    weights: joined(model), the only parameter of optimizer, which is a fused one. A norm that is
+    not finite (as a non-finite loss gives) skips the step: weights and optimizer stay as they were,
+    and buffers (BatchNorm's) become again what they were before. Nothing waits for the device.
     """
     average_gradients(weights)
     scaler.unscale_(optimizer)
@@ -297,9 +300,9 @@ def update(weights, optimizer, scaler, buffers, before, grad_clip: float) -> tup
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(weights.grad.view(-1, ROW), dim=1))
     torch.nn.utils.clip_grads_with_norm_(weights, grad_clip, norm)
     done = norm.isfinite()
-    scaler.step(optimizer)
-    # a skipped step halves the scale of fp16, and leaves that of the others at 1
-    scaler.update(1.0 if scaler.get_growth_interval() == NEVER else None)
+    optimizer.found_inf = 1 - done.float()  # a fused optimizer, told so, does nothing
+    optimizer.step()
+    scaler.update()  # to half, where unscale_() has found a number too large
     for buffer, old in zip(buffers, before):
         torch.where(done, buffer, old, out=buffer)
     optimizer.zero_grad(set_to_none=False)  # they stay where they are
@@ -364,7 +367,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device, state: list[float] | None = None):
-        self.names: list[str] = []  # those of the first step
+        self.names: list[str] = []  # of the losses, in the order of their sums
         self.state = torch.tensor(state or [], device=device)
 
     @torch.no_grad()
@@ -454,16 +457,14 @@ class Stop:
         return int(flag)
 
 
-def stop_if_diverged(
-    meter: Meter, utterances: list, recent: Sequence[list[int]], ended: bool = False
-) -> None:
+def stop_if_diverged(meter: Meter, utterances: list, held: list[int], ended: bool = False) -> None:
     """UserError once many steps in a row were skipped, or, where the run has ended, more than one.
-    recent: indices of the last batches."""
+    held: the last step's utterances."""
     if (skipped := meter.skipped_in_a_row()) >= (2 if ended else TOO_MANY_SKIPS):
-        heard = [utterances[i].row["audio_filepath"] for i in recent[-1]]
+        heard = [utterances[i].row["audio_filepath"] for i in held]
         raise UserError(
             f"{skipped} steps in a row had a non-finite loss or gradient and were skipped: "
-            "training has diverged. Try a lower --lr (in another --out). The last batch held "
+            "training has diverged. Try a lower --lr (in another --out). The last step held "
             f"{', '.join(heard[:8])}{', ...' if len(heard) > 8 else ''}"
         )
 

@@ -6,13 +6,14 @@ a GPU would have to be waited for: a number that the host wants to see, a tensor
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fairasr_min import losses
+from fairasr_min import losses, runtime
 from fairasr_min.audio import SpecAugment
 from fairasr_min.conformer import ConformerConfig, encoder_frames
 from fairasr_min.model import ConformerCTC, FairASR
@@ -66,7 +67,13 @@ def test_a_step_of_stage_1_stays_on_its_device(meta, name, checkpointing):
     model.encoder.checkpointing = checkpointing
     augment = SpecAugment(1, 37, 1, 15)
     waveforms, n_samples = batch(meta)
+    weights, buffers = runtime.joined(model), list(model.encoder.buffers())
+    gradients = [p.grad for p in model.parameters()]
+    # AdamW is not made for this device
+    optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda set_to_none: None)
+    scaler, meter = runtime.grad_scaler("fp32", meta), runtime.Meter(meta)
     with OneDevice():
+        before = [b.clone() for b in buffers]
         features, n_frames = model.log_mel(waveforms, n_samples)
         draws = torch.empty(3, augment.n_draws, device=meta)
         views = torch.cat([features, augment(features, n_frames, draws)])
@@ -77,13 +84,16 @@ def test_a_step_of_stage_1_stays_on_its_device(meta, name, checkpointing):
             loss = loss + losses.sup_con(*r.chunk(2), labels, own_view=False)
             loss = loss + sum(losses.group_separation(*r.chunk(2), labels))
         loss.backward()
-    assert all(p.grad.shape == p.shape and p.grad.is_meta for p in model.parameters())
+        norm, done = runtime.update(weights, optimizer, scaler, buffers, before, 1.0)
+        meter.add({"loss": loss, "grad_norm": norm}, done)
+    assert all(p.grad is g and g.is_meta for p, g in zip(model.parameters(), gradients))
+    assert optimizer.found_inf.is_meta
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stage_2_stays_on_its_device(meta, name):
     """Up to the log-probabilities: PyTorch's CTC is not made for this device. (On a GPU it does
-    wait, once a step, to read the lengths.)"""
+    wait, for lengths that it reads and sends.)"""
     model = ConformerCTC(CONFIGS[name], vocab_size=7).to(meta)
     waveforms, n_samples = batch(meta)
     with OneDevice():

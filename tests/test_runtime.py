@@ -21,6 +21,8 @@ def test_learning_rate_warms_up_and_falls_to_the_floor():
     assert rates[55] == pytest.approx(middle)
     assert runtime.lr_at(100, 100, 1.0, 0.1, 0.01) == pytest.approx(0.01)
     assert runtime.lr_at(0, 1, 1.0, 0.05, 0.01) == 1.0  # a single step
+    low = [runtime.lr_at(s, 100, 1e-3, 0.1, 0.01) for s in range(100)]
+    assert max(low) == low[-1] == 1e-3  # a floor above the peak raises nothing
 
 
 def small_step(factor, steps=1, precision="fp32"):
@@ -40,20 +42,24 @@ def small_step(factor, steps=1, precision="fp32"):
     return model, optimizer, scaler, before, norm, done
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_a_non_finite_step_leaves_everything_as_it_was(factor):
-    model, optimizer, scaler, before, norm, done = small_step(factor, steps=3)
+# 1e15: gradients of 1e30 are finite, their squares and so the norm are not
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e15])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_non_finite_step_leaves_everything_as_it_was(factor, precision):
+    model, optimizer, scaler, before, norm, done = small_step(factor, 3, precision)
     assert done == 0 and not norm.isfinite()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     for state in optimizer.state.values():
         assert state["step"] == 0 and state["exp_avg"].abs().sum() == 0
-    assert scaler.get_scale() == 1.0
+    if precision == "fp16" and factor != 1e15:
+        assert scaler.get_scale() == 2.0**13  # 2^16, halved three times
     assert not any(p.grad.any() for p in model.parameters())
 
 
-def test_a_finite_step_is_adamw_on_the_clipped_gradient():
-    model, _, _, before, norm, done = small_step(5.0)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_finite_step_is_adamw_on_the_clipped_gradient(precision):
+    model, _, _, before, norm, done = small_step(5.0, 1, precision)
     torch.manual_seed(0)
     other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     plain = torch.optim.AdamW(other.parameters(), lr=0.1)
@@ -104,9 +110,8 @@ def test_the_norm_of_many_gradients_is_exact():
     weights = runtime.joined(model)
     weights.grad.normal_(generator=torch.Generator().manual_seed(0))
     expected = weights.grad.double().norm().item()
-    optimizer = torch.optim.SGD([weights], lr=0.0)
+    optimizer = torch.optim.AdamW([weights], lr=0.0, fused=True)
     scaler = runtime.grad_scaler("fp32", torch.device("cpu"))
-    scaler.scale(torch.zeros(()))
     norm, _ = runtime.update(weights, optimizer, scaler, [], [], grad_clip=1.0)
     assert norm.item() == pytest.approx(expected, rel=1e-5)
 
@@ -132,10 +137,20 @@ def test_many_skips_in_a_row_stop_the_run_and_name_the_audio():
     meter = runtime.Meter(torch.device("cpu"))
     heard = [SimpleNamespace(row={"audio_filepath": name}) for name in ("a.wav", "b.wav", "c.wav")]
     for n in range(runtime.TOO_MANY_SKIPS):
-        runtime.stop_if_diverged(meter, heard, [[0], [1]]) if n else None
+        runtime.stop_if_diverged(meter, heard, [1]) if n else None
         meter.add({"loss": torch.tensor(float("nan"))}, torch.tensor(0.0))
     with pytest.raises(runtime.UserError, match=r"held b\.wav$"):
-        runtime.stop_if_diverged(meter, heard, [[0], [1]])
+        runtime.stop_if_diverged(meter, heard, [1])
+
+
+def test_memory_that_a_cpu_does_not_have_is_a_users_mistake(capsys):
+    with pytest.raises(SystemExit) as end:
+        runtime.run(lambda: torch.empty(2**60))
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.startswith("error: out of memory (can't allocate")
+    assert "--batch_size" in printed and printed.count("\n") == 1
+    with pytest.raises(RuntimeError):  # any other is a mistake of ours
+        runtime.run(lambda: torch.ones(2) @ torch.ones(3))
 
 
 def test_log_is_cut_back_to_what_the_checkpoint_vouches_for(tmp_path):

@@ -171,12 +171,20 @@ def test_audio_prints_the_transcript_of_the_manifest_run(stages, demo):
 
 def test_a_longer_run_replaces_the_result_of_a_shorter_one(demo, tmp_path):
     command = ["train.py", "--manifest", demo / "train.jsonl", "--out", tmp_path, *FEW]
+    command += ["--grad_accum", 3]  # of 16 batches of two epochs: 5 steps
     run(*command, "--max_steps", 1)
     first = torch.load(tmp_path / "pretrained.pt", weights_only=True)
     run(*command, "--max_steps", 2)
     second = torch.load(tmp_path / "pretrained.pt", weights_only=True)
     assert (first["step"], second["step"]) == (1, 2)
     assert not same_tensors(first["weights"], second["weights"])
+    run(*command)
+    assert [line["epoch"] for line in log_of(tmp_path) if "epoch" in line] == [1, 2]
+    whole = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+    (tmp_path / "pretrained.pt").unlink()
+    run(*command, "--max_steps", 2)  # which it is beyond
+    again = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+    assert again["step"] == 5 and same_tensors(again["weights"], whole["weights"])
 
 
 def test_a_finished_run_is_left_alone_and_other_arguments_are_refused(stages, demo):
@@ -282,6 +290,7 @@ MISTAKES = {
         r"--size large is not the size",
     ),
     "no GPU's precision": (["train.py", "--device", "cpu", "--precision", "fp16"], r"bf16"),
+    "warm-up in steps": (["finetune.py", "--warmup", "500"], r"a number from 0 to 1 is expected"),
     "no batch": (["train.py", "--batch_size", "0"], r"--batch_size: 0: a number from 1 on"),
     "all audio elsewhere": (
         ["finetune.py", "--init", "none", "--train_manifest", "{out}/evaluate/hyps.jsonl",
