@@ -110,7 +110,8 @@ def draw(found: dict[tuple, dict], file: Path, title: str) -> None:
                     k[3]: v[quantity] for k, v in found.items() if k[:3] == (curve, task, precision)
                 }
                 axis.plot(
-                    list(line), list(line.values()), label=f"{task}, {precision}", marker="o",
+                    list(line), list(line.values()), label=f"{task}, {precision}",
+                    marker="o" if precision == "fp32" else "s",
                     linestyle="-" if precision == "fp32" else "--", color=f"C{TASKS.index(task)}",
                 )  # fmt: skip
             if curve == "batch":
@@ -121,7 +122,7 @@ def draw(found: dict[tuple, dict], file: Path, title: str) -> None:
             axis.set_ylim(
                 0, 1.05 * max(v[quantity] for k, v in found.items() if k[0] == curve) or 1
             )
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, handlelength=4, framealpha=0.5)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     try:
@@ -151,7 +152,7 @@ def arguments() -> argparse.Namespace:
     add("--size", choices=list(SIZES), default="small", help="elsewhere (%(default)s)")
     add("--most_audio", type=seconds, default=320.0, metavar="F",
         help="leave out steps over so many seconds of audio, both views counted, which is a limit "
-             "of memory: size small takes about 50 MB a second in fp32 (%(default)s)")
+             "of memory: size small takes about 20 MB a second in fp32 (%(default)s)")
     add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N",
         help="of the first three curves (%(default)s)")
     add("--repeats", type=at_least(1), default=5, metavar="N", help="of a step (%(default)s)")
