@@ -14,9 +14,12 @@ import argparse
 import csv
 import json
 import math
+import os
 import shlex
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -95,8 +98,11 @@ def make_folder(args) -> None:
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise runtime.UserError(f"--out {out}: {error.strerror}; name a folder") from None
+        raise runtime.UserError(
+            f"--out {out}: {error.strerror}; name a folder that can be written"
+        ) from None
     decoding = not (args.predictions or args.compare)
     given = [
         args.manifest,
@@ -341,13 +347,14 @@ def cluster_of(args, rows: list[dict], where: str) -> tuple[list | None, str, li
 def write_all(folder: Path, files: dict[str, str]) -> None:
     """All files or none of them: an old report beside new hypotheses would mislead.
     Raises UserError, e.g. on a full disk."""
-    unfinished = {name: folder / f".{name}.unfinished" for name in files}
+    unfinished = {name: folder / f".{name}.{os.getpid()}.unfinished" for name in files}
     try:
         for name, content in files.items():
             unfinished[name].write_text(content, encoding="utf-8")
     except OSError as error:
         for path in unfinished.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that can no longer be written
+                path.unlink()
         raise runtime.UserError(
             f"{folder} could not be written ({error.strerror}); what was there is as it was"
         ) from None

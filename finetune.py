@@ -11,7 +11,9 @@ group; the test manifest is never looked at. Writes runs/finetune/model.pt for e
 """
 
 import argparse
+import os
 import shlex
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
         help="leave out longer training utterances, counted by group (%(default)s)")
     add("--max_bad", type=at_least(0), default=0, metavar="N",
         help="go on without up to this many bad rows (%(default)s)")
-    add("--vocab_size", type=at_least(2), default=256, metavar="N",
+    add("--vocab_size", type=at_least(2, most=10**6), default=256, metavar="N",
         help="sentencepiece units from the training text; characters if it is small (%(default)s)")
     # choosing the checkpoint
     add("--select", choices=["mean", "worst"], default="mean",
@@ -199,7 +201,10 @@ def main() -> int:
         if not any(data.label_of(u.row, args.by) for u in dev):
             raise runtime.UserError(f"{args.dev_manifest}: no utterance has a value of {args.by}")
     synthetic = data.is_synthetic(utterances)
-    steps = max(1, args.epochs * len(batches) // args.grad_accum)
+    if not (steps := args.epochs * len(batches) // args.grad_accum):
+        raise runtime.UserError(
+            f"--grad_accum {args.grad_accum}: there are {args.epochs * len(batches)} batches in all"
+        )
     last = steps if args.max_steps is None else min(steps, args.max_steps)
 
     # ---- model
@@ -258,7 +263,7 @@ def main() -> int:
     def finish():
         which = "worst-group " if args.select == "worst" else ""
         chosen = "" if best is None else f" (best {which}dev WER {100 * best:.2f} %)"
-        model_flag = "" if args.out == "runs/finetune" else f" --model {result}"
+        model_flag = "" if args.out == "runs/finetune" else f" --model {shlex.quote(str(result))}"
         hidden = initial.get("labels") if initial else None  # by stage 1
         columns = [args.by] if args.by else hidden or data.group_columns([u.row for u in dev])[:1]
         by = f" --by {shlex.join(columns)}" if columns else ""
@@ -271,13 +276,20 @@ def main() -> int:
     if state:
         checkpoint.restore(state, model=model, optimizer=optimizer, scaler=scaler)
         world.say(f"  going on from step {first}")
-    if best is not None and not result.exists():
+    # the best model of a run that goes on here from elsewhere lies beside its checkpoint
+    lost = best is not None and not result.exists()
+    beside = Path(state["path"]).with_name("model.pt") if lost else result
+    there = lost and beside.exists() and checkpoint.load_model_file(beside)["step"] <= first
+    if lost and not there:
         raise runtime.UserError(
             f"{result}, the best model of this run so far, is missing: put it back from where the "
             "checkpoint was, or begin a new run with another --out"
         )
     if world.main:
         checkpoint.start(out, record)
+        if lost:
+            shutil.copyfile(beside, unfinished := out / ".model.pt.unfinished")
+            os.replace(unfinished, result)
         if best is None:
             result.unlink(missing_ok=True)  # of the same run with a smaller --max_steps
     log = runtime.Log(out, world, state["log_size"] if state else 0, first)

@@ -17,6 +17,7 @@ runs/pretrain/pretrained.pt, which finetune.py picks up. Kim et al., "FairASR", 
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 import torch
@@ -186,7 +187,10 @@ def main() -> int:
     if args.dev_manifest:
         dev_set, dev_batches = batched(args.dev_manifest, load(args.dev_manifest))
     synthetic = data.is_synthetic(utterances)
-    steps = max(1, args.epochs * len(batches) // args.grad_accum)
+    if not (steps := args.epochs * len(batches) // args.grad_accum):
+        raise runtime.UserError(
+            f"--grad_accum {args.grad_accum}: there are {args.epochs * len(batches)} batches in all"
+        )
     last = steps if args.max_steps is None else min(steps, args.max_steps)
 
     # ---- model
@@ -260,7 +264,7 @@ def main() -> int:
     )
     world.say("  " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
     result = out / "pretrained.pt"
-    init_flag = "" if args.out == "runs/pretrain" else f" --init {result}"
+    init_flag = "" if args.out == "runs/pretrain" else f" --init {shlex.quote(str(result))}"
     finish = f"stage 1 done: {result}\nnext: python finetune.py{init_flag}"
     if first >= last and result.exists():
         world.say(f"  finished before, at step {first}\n{finish}")

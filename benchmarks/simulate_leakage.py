@@ -7,6 +7,7 @@ Simulated speakers, whose embeddings differ by a group in one of eight dimension
 interval holds the mean of the balanced accuracy over all simulations.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -30,6 +31,9 @@ def simulate(seed: int, speakers: int, shift: float) -> dict:
     return embed.score(group[who], predicted, who, 0)
 
 
+argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+).parse_args()
 with threadpool_limits(1):
     print("| speakers | group differs by | balanced accuracy | covered | median width |")
     print("|---:|---:|---:|---:|---:|")

@@ -18,6 +18,7 @@ import signal
 import sys
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,9 +39,10 @@ from fairasr_min.text import NORMALIZATION, Tokenizer
 FORMAT = 1
 MAY_DIFFER = {  # when resuming
     "out", "device", "max_steps", "num_workers", "resume_ckpt", "activation_checkpointing",
-    "compile",
+    "compile", "save_every",
 }  # fmt: skip
 _locks = []  # open files: closing one would give its folder free
+_seen = {}  # what resume() found in a folder, which start() must find, too
 OURS = ("pretrained.pt", "model.pt", "checkpoint.pt", "previous.pt", "log.jsonl")
 
 
@@ -62,7 +64,8 @@ def save(path: str | Path, payload: dict) -> None:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that can no longer be written
+            unfinished.unlink()
         if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
             error = error.__context__  # while torch.save still closed its archive
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
@@ -150,13 +153,20 @@ def load_model_file(source: str | Path) -> dict:
         raise CheckpointError(str(error)) from None
     payload = {**load(path), "path": path}
     if payload.get("kind") not in ("encoder", "ctc"):
-        raise CheckpointError(f"{path}: kind {payload.get('kind')!r} is no model file")
+        what = f"kind {payload.get('kind')!r} is no model file"
+        if payload.get("kind") == "state":
+            what = "the state of a run; its model is pretrained.pt or model.pt beside it"
+        raise CheckpointError(f"{path}: {what}")
     try:
         payload["config"] = ConformerConfig(**payload["config"])
         _check_sizes(payload["config"], payload["weights"])
         if payload["kind"] == "ctc" or payload["tokenizer"] is not None:
             Tokenizer(bytes(payload["tokenizer"]))
         there = payload["normalization"]
+        for name in ("arguments", "labels"):
+            if not isinstance(payload.setdefault(name, {}), dict):
+                raise ValueError(f"{name} {payload[name]!r}")
+        payload.setdefault("commit", None)
     except Exception as error:  # a file from a stranger may hold anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path}: damaged, or made by another version ({reason})") from None
@@ -184,6 +194,8 @@ def _check_sizes(config: ConformerConfig, weights: dict[str, torch.Tensor]) -> N
         if there is None or there.shape != weight.shape:
             shape = "missing" if there is None else tuple(there.shape)
             raise ValueError(f"encoder.{name}: {shape}, expected {tuple(weight.shape)}")
+        if not there.isfinite().all():
+            raise ValueError(f"encoder.{name}: NaN or infinite numbers")
 
 
 def _check_whole(path: Path, suffix: str) -> None:
@@ -249,8 +261,16 @@ def load_state(path: str | Path) -> dict:
     payload = load(path)
     if payload.get("kind") != "state":
         raise CheckpointError(f"{path}: a model file, not the state of a run; use --init for it")
-    if not isinstance(payload.get("arguments"), dict) or not isinstance(payload.get("step"), int):
-        raise CheckpointError(f"{path}: not the state of a run of this project")
+    expected = {"arguments": dict, "step": int, "log_size": int, "meter": list}
+    if "best" in payload:  # of stage 2
+        expected |= {"best": float | None, "since_best": int}
+    for name, kind in expected.items():
+        value = payload.get(name)
+        if not isinstance(value, kind) or (kind is int and value < 0):
+            raise CheckpointError(
+                f"{path}: {name} is {str(value)[:50]!r}: not the state of a run, or of another "
+                "version of this project"
+            )
     return {**payload, "path": path}
 
 
@@ -263,6 +283,7 @@ def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dic
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out {folder} is a file; name a folder")
+    _seen[folder] = _there(folder)
     try:
         before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         _same_arguments(before, arguments, folder)
@@ -277,7 +298,7 @@ def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dic
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/args.json: {error}; use another --out") from None
     problems = []
-    for name in ("checkpoint.pt", "previous.pt"):
+    for name in ("checkpoint.pt", "previous.pt", ".checkpoint.fresh"):
         if not (folder / name).exists():
             continue
         try:
@@ -336,6 +357,11 @@ def start(folder: Path, arguments: dict) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
+        if _seen.get(folder, _there(folder)) != _there(folder):
+            raise CheckpointError(
+                f"--out {folder}: another process has written there meanwhile; the same command "
+                "again looks at what is there now"
+            )
         for leftover in (*folder.glob(".*.unfinished"), folder / ".checkpoint.fresh"):
             leftover.unlink(missing_ok=True)  # of a run that was killed
         text = json.dumps(arguments, indent=2) + "\n"
@@ -344,6 +370,12 @@ def start(folder: Path, arguments: dict) -> None:
         os.replace(unfinished, folder / "args.json")
     except OSError as error:
         raise CheckpointError(f"--out {folder}: {error.strerror or error}; mend that") from None
+
+
+def _there(folder: Path) -> dict[str, int]:
+    """When each file of a run was written."""
+    files = (folder / name for name in (*OURS, "args.json"))
+    return {file.name: file.stat().st_mtime_ns for file in files if file.exists()}
 
 
 def _lock(folder: Path) -> None:

@@ -665,7 +665,8 @@ def stream(
 
 
 def main() -> int:
-    if hasattr(signal, "SIGPIPE"):  # `... | head` ends us quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us quietly
+    if hasattr(signal, "SIGPIPE"):  # `... | head`, too
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = argparse.ArgumentParser(prog="python -m fairasr_min.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -21,8 +21,10 @@ import io
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -341,6 +343,7 @@ def make_folder(path: Path) -> None:
     """Before the long work. Raises UserError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"--out {path}: {error.strerror}; name another place") from None
 
@@ -352,7 +355,8 @@ def write_file(path: Path, content: bytes) -> None:
         unfinished.write_bytes(content)
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that can no longer be written
+            unfinished.unlink()
         raise UserError(f"{path} could not be written ({error.strerror})") from None
 
 

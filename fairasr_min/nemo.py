@@ -17,7 +17,7 @@ import os
 import pickletools
 import tarfile
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -526,7 +526,8 @@ def export(model: ConformerCTC, path: str | Path) -> None:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that can no longer be written
+            unfinished.unlink()
         raise NemoError(f"{path} could not be written ({error}); nothing was lost") from None
 
 

@@ -432,8 +432,8 @@ def write_model_card(folder: Path, model: dict, report: dict | None = None) -> N
         unfinished = folder / f".{card.name}.unfinished"
         unfinished.write_text(to_model_card(model, report), encoding="utf-8")
         unfinished.replace(card)
-    except OSError as error:
-        print(f"warning: {card} could not be written ({error.strerror})", file=sys.stderr)
+    except (OSError, ValueError) as error:  # ValueError: there is one that is not UTF-8
+        print(f"warning: {card} could not be written ({error})", file=sys.stderr)
 
 
 def to_model_card(model: dict, report: dict | None = None) -> str:

@@ -5,8 +5,10 @@ One process is the same path as many: torchrun only sets environment variables.
 
 import argparse
 import ctypes
+import errno
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -84,9 +86,13 @@ def setup(device: str = "auto") -> World:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
     else:
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions too
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return World(0, 1, torch.device(device))
+    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - {*os.environ}:
+        raise UserError(
+            f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start several processes by "
+            "torchrun, or one without WORLD_SIZE"
+        )
     if device == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
@@ -123,7 +129,8 @@ def return_memory() -> None:
 def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
     """Call main() -> exit code; a user's mistake becomes its message and exit code 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of the data
-    rank = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    rank = f"process {os.environ.get('RANK', '?')}: " if several else ""
     try:
         code = main()
     except (UserError, *mistakes) as error:
@@ -143,17 +150,35 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
                 f"out of memory ({reason}); try a smaller --batch_size or --max_seconds, in "
                 "training also --activation_checkpointing"
             )
+        elif "DataLoader worker" in reason:  # killed, as a system does that has no memory left
+            message = f"lost a process that reads audio ({reason}); try fewer --num_workers"
         elif isinstance(error, dist.DistError) or "gloo" in reason or "by peer" in reason:
             message = f"lost another process; the cause stands above, or below ({reason})"
             if "connectFullMesh" in reason:  # they have never met
                 message += "; between machines, GLOO_SOCKET_IFNAME names the interface (README)"
         else:
             raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        code, message = 2, f"{error.strerror}, where the output goes; the same command goes on"
+    finally:
+        end_workers()
     if code == 2:
         print(f"error: {rank}{message}", file=sys.stderr, flush=True)
     elif code == 0 and dist.is_initialized():  # else the others may wait for us in vain
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def end_workers() -> None:
+    """Kill the processes that read audio, if there are any left. Python would ask them to end, and
+    wait for ever: they leave signals to us (data.leave_signals)."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
+    for child in children:
+        child.kill()
 
 
 def agree(mine: dict) -> None:

@@ -107,7 +107,10 @@ def main() -> int:
     pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), begin)
     try:
         with open(unfinished, "a", encoding="utf-8") as file:
-            texts = tqdm(pool.map(transcribe, left), total=len(left), unit=" clips", mininterval=5)
+            texts = tqdm(
+                pool.map(transcribe, left), total=len(left), unit=" clips",
+                disable=not sys.stderr.isatty(),
+            )  # fmt: skip
             for u, text in zip(left, texts, strict=True):
                 if isinstance(text, AudioError):
                     raise text

@@ -105,7 +105,8 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch)
 def run_folder(tmp_path, arguments, steps=(1, 2)):
     checkpoint.start(tmp_path, arguments)
     for step in steps:
-        checkpoint.save_state(tmp_path, {"step": step, "arguments": arguments, "log_size": 9})
+        state = {"step": step, "arguments": arguments, "log_size": 9, "meter": []}
+        checkpoint.save_state(tmp_path, state)
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
@@ -167,7 +168,7 @@ def test_a_model_file_is_no_state_and_the_other_way_round(tmp_path):
     run_folder(tmp_path / "run", {"a": 1})
     with pytest.raises(CheckpointError, match="--init"):
         checkpoint.resume(tmp_path / "else", {}, resume_ckpt=tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="no model file"):
+    with pytest.raises(CheckpointError, match="state of a run; its model is"):
         checkpoint.load_model(tmp_path / "run" / "checkpoint.pt")
     assert json.loads((tmp_path / "run" / "args.json").read_text()) == {"a": 1}
 
@@ -184,3 +185,45 @@ def test_an_export_overwrites_no_model(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", command)
         assert checkpoint.main() == 2 and reason in capsys.readouterr().err
         assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("step", -5), ("step", None), ("log_size", "9"), ("meter", None), ("best", "x")],
+)
+def test_a_state_of_another_version_is_refused_in_one_line(tmp_path, name, value):
+    run_folder(tmp_path, {}, steps=(1,))
+    payload = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save({**payload, name: value}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=f"checkpoint.pt: {name} is .* version"):
+        checkpoint.load_state(tmp_path / "checkpoint.pt")
+
+
+def test_a_save_cut_off_at_its_last_step_can_be_gone_on_from(tmp_path):
+    """The checkpoint was damaged before, and so has become the previous one."""
+    run_folder(tmp_path, {}, steps=(1, 2))
+    (tmp_path / "checkpoint.pt").rename(tmp_path / ".checkpoint.fresh")
+    (tmp_path / "previous.pt").write_bytes(b"damaged")
+    assert checkpoint.resume(tmp_path, {})["step"] == 2
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_another_process_has_written_meanwhile_is_left_alone(tmp_path, begun):
+    if begun:
+        run_folder(tmp_path, {"lr": 1})
+    checkpoint.resume(tmp_path, {"lr": 1})
+    (tmp_path / "args.json").write_text('{"lr": 2}')
+    (tmp_path / "pretrained.pt").write_text("theirs")
+    with pytest.raises(CheckpointError, match="another process has written there"):
+        checkpoint.start(tmp_path, {"lr": 1})
+    assert (tmp_path / "args.json").read_text() == '{"lr": 2}'
+
+
+def test_a_model_of_nan_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    model_file(path)
+    payload = torch.load(path, weights_only=True)
+    payload["weights"]["encoder.pre_encode.out.bias"][3] = float("nan")
+    torch.save(payload, path)
+    with pytest.raises(CheckpointError, match=r"encoder.pre_encode.out.bias: NaN or infinite"):
+        checkpoint.load_model(path)

@@ -188,7 +188,7 @@ def test_what_write_refuses(corpus, tmp_path, monkeypatch, capsys):
 
 def test_a_model_of_nan_is_named(corpus, tmp_path, monkeypatch, capsys):
     payload = checkpoint.load(corpus / "pretrained.pt")
-    payload["weights"]["encoder.pre_encode.out.bias"][:] = float("nan")
+    payload["weights"]["encoder.pre_encode.out.bias"][:] = 3e38  # infinite, times sqrt(d_model)
     checkpoint.save(tmp_path / "nan.pt", payload)
     arguments = (
         "--model",

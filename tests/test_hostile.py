@@ -398,7 +398,7 @@ def test_no_steps_give_the_model_they_began_with(folder, attempt, stage):
 def test_a_learning_rate_that_diverges(folder, attempt, stage, steps):
     code, printed = attempt(stage, "--lr", 1e30, "--epochs", 40, "--max_steps", steps)
     assert code == 2 and "training has diverged. Try a lower --lr" in printed, printed
-    assert "The last batch held" in printed and ".wav" in printed
+    assert "The last step held" in printed and ".wav" in printed
     assert not (folder / "out" / "pretrained.pt").exists()
 
 
@@ -521,7 +521,7 @@ def test_the_state_of_a_run_is_no_model_and_the_other_way_round(folder, attempt)
     state = folder / "out" / "checkpoint.pt"
     before = contents(folder)
     code, printed = attempt("finetune", "--init", state, "--out", folder / "new")
-    assert code == 2 and "checkpoint.pt: kind 'state' is no model file" in printed
+    assert code == 2 and "checkpoint.pt: the state of a run; its model is" in printed
     code, printed = attempt(
         "finetune", "--resume_ckpt", folder / "model.pt", "--out", folder / "new"
     )
@@ -569,7 +569,29 @@ def test_a_checkpoint_of_another_size_or_run(folder, attempt, stage):
     assert code == 2 and "seed: 5 there, 0 now" in printed
     changed(last, arguments=None)
     code, printed = attempt(*begun)
-    assert code == 2 and "not the state of a run of this project" in printed
+    assert code == 2 and "arguments is 'None': not the state of a run" in printed
+
+
+def test_the_best_model_comes_along_to_another_folder(folder, attempt):
+    begun = ("finetune", "--epochs", 4, "--batch_size", 3)
+    assert attempt(*begun)[0] == 0
+    assert attempt(*begun, "--max_steps", 3, "--out", folder / "parts")[0] == 0
+    there = ("--resume_ckpt", folder / "parts" / "checkpoint.pt", "--out", folder / "new")
+    assert torch.load(folder / "parts" / "checkpoint.pt")["best"] is not None
+    (folder / "parts" / "model.pt").rename(folder / "model of parts.pt")
+    code, printed = attempt(*begun, *there)
+    assert code == 2 and "the best model of this run so far, is missing" in printed
+    (folder / "model of parts.pt").rename(folder / "parts" / "model.pt")
+    assert attempt(*begun, *there)[0] == 0
+    one, two = (torch.load(folder / d / "model.pt") for d in ("out", "new"))
+    assert one["step"] == two["step"]
+    assert all(torch.equal(one["weights"][k], two["weights"][k]) for k in one["weights"])
+
+
+@pytest.mark.parametrize("stage", ["train", "finetune"])
+def test_more_batches_a_step_than_there_are(folder, attempt, stage):
+    code, printed = attempt(stage, "--grad_accum", 1000)
+    assert code == 2 and re.search(r"--grad_accum 1000: there are \d+ batches in all", printed)
 
 
 def test_two_runs_in_one_folder(folder, attempt):

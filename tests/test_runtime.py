@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import multiprocessing
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +154,35 @@ def test_memory_that_a_cpu_does_not_have_is_a_users_mistake(capsys):
     assert "--batch_size" in printed and printed.count("\n") == 1
     with pytest.raises(RuntimeError):  # any other is a mistake of ours
         runtime.run(lambda: torch.ones(2) @ torch.ones(3))
+
+
+def ignore_sigterm():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+
+def test_workers_do_not_keep_a_failed_run_alive(capsys):
+    """They leave signals to the process above, which Python would have wait for them for ever."""
+    worker = multiprocessing.get_context("fork").Process(target=ignore_sigterm, daemon=True)
+    worker.start()
+
+    def main():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.raises(SystemExit) as end:
+        runtime.run(main)
+    worker.join(20)
+    assert not worker.is_alive() and end.value.code == 2
+    assert "fewer --num_workers" in capsys.readouterr().err
+
+
+def test_a_part_of_torchruns_variables(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        runtime.run(lambda: runtime.setup("cpu"))
+    assert end.value.code == 2
+    assert "WORLD_SIZE is set, but not LOCAL_RANK, MASTER_ADDR" in capsys.readouterr().err
 
 
 def test_log_is_cut_back_to_what_the_checkpoint_vouches_for(tmp_path):

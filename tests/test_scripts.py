@@ -144,6 +144,9 @@ def test_the_model_card_says_on_whom_it_was_trained_and_how_it_does(stages, demo
     (tmp_path / "MODEL_CARD.md").write_text("by hand")
     write_model_card(tmp_path, {}, report)
     assert (tmp_path / "MODEL_CARD.md").read_text() == "by hand"
+    (tmp_path / "MODEL_CARD.md").write_bytes(b"Mod\xe8le")  # no UTF-8: not ours either
+    write_model_card(tmp_path, {}, report)
+    assert (tmp_path / "MODEL_CARD.md").read_bytes() == b"Mod\xe8le"
 
 
 def test_the_dev_wer_while_training_is_the_one_of_evaluate(stages, demo, tmp_path):
