@@ -276,15 +276,16 @@ def main() -> int:
     if state:
         checkpoint.restore(state, model=model, optimizer=optimizer, scaler=scaler)
         world.say(f"  going on from step {first}")
-    # the best model of a run that goes on here from elsewhere lies beside its checkpoint
     lost = best is not None and not result.exists()
-    beside = Path(state["path"]).with_name("model.pt") if lost else result
-    there = lost and beside.exists() and checkpoint.load_model_file(beside)["step"] <= first
-    if lost and not there:
-        raise runtime.UserError(
-            f"{result}, the best model of this run so far, is missing: put it back from where the "
-            "checkpoint was, or begin a new run with another --out"
-        )
+    if lost:  # a run that goes on here from elsewhere has left its best model there
+        beside = Path(state["path"]).with_name("model.pt")
+        found = checkpoint.load_model_file(beside) if beside.exists() else {"dev": {}}
+        if found["dev"].get("dev_worst" if args.select == "worst" else "dev_wer") != best:
+            raise runtime.UserError(
+                f"{result}, the best model of this run so far, is missing: put it back beside the "
+                f"checkpoint ({beside}), or begin a new run with another --out"
+            )
+        checkpoint.same_arguments(found["arguments"], record, beside)
     if world.main:
         checkpoint.start(out, record)
         if lost:
@@ -292,6 +293,8 @@ def main() -> int:
             os.replace(unfinished, result)
         if best is None:
             result.unlink(missing_ok=True)  # of the same run with a smaller --max_steps
+    if finished and lost:
+        return finish()
     log = runtime.Log(out, world, state["log_size"] if state else 0, first)
     stop = runtime.Stop()
 

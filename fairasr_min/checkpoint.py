@@ -163,7 +163,7 @@ def load_model_file(source: str | Path) -> dict:
         if payload["kind"] == "ctc" or payload["tokenizer"] is not None:
             Tokenizer(bytes(payload["tokenizer"]))
         there = payload["normalization"]
-        for name in ("arguments", "labels"):
+        for name in ("arguments", "labels", "dev"):
             if not isinstance(payload.setdefault(name, {}), dict):
                 raise ValueError(f"{name} {payload[name]!r}")
         payload.setdefault("commit", None)
@@ -277,16 +277,17 @@ def load_state(path: str | Path) -> dict:
 def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dict | None:
     """The state that a run goes on from, or None for a new run. Writes nothing.
 
-    That is the last whole checkpoint in `folder`; if there is none, the file resume_ckpt.
+    That is the last whole checkpoint in `folder` (.checkpoint.fresh: one whose saving was cut off
+    before it had its name); if there is none, the file resume_ckpt.
     Raises CheckpointError if the run there had other arguments, if the folder holds files of a run
     whose arguments are not known, or if all its checkpoints are damaged.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out {folder} is a file; name a folder")
-    _seen[folder] = _there(folder)
     try:
+        _seen[folder] = _there(folder)
         before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        _same_arguments(before, arguments, folder)
+        same_arguments(before, arguments, folder)
     except FileNotFoundError:
         found = [name for name in OURS if (folder / name).exists()]
         if found:
@@ -298,7 +299,7 @@ def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dic
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/args.json: {error}; use another --out") from None
     problems = []
-    for name in ("checkpoint.pt", "previous.pt", ".checkpoint.fresh"):
+    for name in ("checkpoint.pt", ".checkpoint.fresh", "previous.pt"):
         if not (folder / name).exists():
             continue
         try:
@@ -306,7 +307,7 @@ def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dic
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        _same_arguments(state["arguments"], arguments, folder / name)
+        same_arguments(state["arguments"], arguments, folder / name)
         for problem in problems:
             print(f"warning: {problem}; going on from {folder / name}", file=sys.stderr)
         return state
@@ -315,11 +316,11 @@ def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dic
     if resume_ckpt is None:
         return None
     state = load_state(resume_ckpt)
-    _same_arguments(state["arguments"], arguments, resume_ckpt)
+    same_arguments(state["arguments"], arguments, resume_ckpt)
     return {**state, "log_size": 0}  # its log stays where it is
 
 
-def _same_arguments(before: dict, now: dict, where: Path | str) -> None:
+def same_arguments(before: dict, now: dict, where: Path | str) -> None:
     """CheckpointError that lists the differences, if there are any that matter."""
     now = json.loads(json.dumps(now))  # as it is after writing and reading
     if before.get("stage") != now.get("stage"):
@@ -362,8 +363,12 @@ def start(folder: Path, arguments: dict) -> None:
                 f"--out {folder}: another process has written there meanwhile; the same command "
                 "again looks at what is there now"
             )
-        for leftover in (*folder.glob(".*.unfinished"), folder / ".checkpoint.fresh"):
-            leftover.unlink(missing_ok=True)  # of a run that was killed
+        for leftover in folder.glob(".*.unfinished"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
+        fresh = folder / ".checkpoint.fresh"
+        if fresh.exists() and not (folder / "checkpoint.pt").exists():
+            os.replace(fresh, folder / "checkpoint.pt")
+        fresh.unlink(missing_ok=True)
         text = json.dumps(arguments, indent=2) + "\n"
         unfinished = folder / ".args.json.unfinished"
         unfinished.write_text(text, encoding="utf-8")
@@ -374,8 +379,11 @@ def start(folder: Path, arguments: dict) -> None:
 
 def _there(folder: Path) -> dict[str, int]:
     """When each file of a run was written."""
-    files = (folder / name for name in (*OURS, "args.json"))
-    return {file.name: file.stat().st_mtime_ns for file in files if file.exists()}
+    times = {}
+    for name in (*OURS, "args.json", ".checkpoint.fresh"):
+        with suppress(FileNotFoundError):
+            times[name] = (folder / name).stat().st_mtime_ns
+    return times
 
 
 def _lock(folder: Path) -> None:

@@ -429,7 +429,7 @@ def attention_weights(scores: torch.Tensor) -> torch.Tensor:
     rows that may see no key: a sum out of range says so. Half to two thirds of softmax's time.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = torch.exp2(wide, out=None if wide is scores else wide)  # scores: for the last line
+    weights = torch.exp2(wide, out=None if wide is scores else wide)  # scores stay
     total = weights.sum(-1, keepdim=True)
     if total.min() > 2.0**-100 and total.max() < 2.0**100:
         return weights.mul_(1 / total).to(scores.dtype)
@@ -686,8 +686,8 @@ class ConformerLayer(nn.Module):
 
 
 class Conformer(nn.Module):
-    """Subsampling, then n_layers of ConformerLayer. Of parameters in float32: its convolutions and
-    BatchNorms compute in nothing else."""
+    """Subsampling, then n_layers of ConformerLayer. Its parameters must be float32: the depthwise
+    convolution and BatchNorm compute in nothing else."""
 
     def __init__(self, config: ConformerConfig):
         super().__init__()

@@ -665,8 +665,7 @@ def stream(
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us quietly
-    if hasattr(signal, "SIGPIPE"):  # `... | head`, too
+    if hasattr(signal, "SIGPIPE"):  # `... | head` ends us quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = argparse.ArgumentParser(prog="python -m fairasr_min.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -700,4 +699,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C too
     sys.exit(main())

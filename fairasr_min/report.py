@@ -427,13 +427,13 @@ def write_model_card(folder: Path, model: dict, report: dict | None = None) -> N
     """MODEL_CARD.md beside the model file; not over one that somebody else wrote."""
     card = folder / "MODEL_CARD.md"
     try:
-        if card.exists() and not card.read_text(encoding="utf-8").startswith(CARD):
+        if card.exists() and not card.read_bytes().startswith(CARD.encode()):
             return
         unfinished = folder / f".{card.name}.unfinished"
         unfinished.write_text(to_model_card(model, report), encoding="utf-8")
         unfinished.replace(card)
-    except (OSError, ValueError) as error:  # ValueError: there is one that is not UTF-8
-        print(f"warning: {card} could not be written ({error})", file=sys.stderr)
+    except OSError as error:
+        print(f"warning: {card} could not be written ({error.strerror})", file=sys.stderr)
 
 
 def to_model_card(model: dict, report: dict | None = None) -> str:

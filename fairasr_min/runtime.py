@@ -144,13 +144,13 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
     except (MemoryError, RuntimeError) as error:
         code, reason = 2, str(error).split("\n")[0]
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if full or "can't allocate memory" in reason:  # so says PyTorch on a CPU
+        if full or "can't allocate memory" in str(error):  # so says PyTorch on a CPU
             reason = reason.split("DefaultCPUAllocator: ")[-1][:200] or "the system gives no more"
             message = (
                 f"out of memory ({reason}); try a smaller --batch_size or --max_seconds, in "
                 "training also --activation_checkpointing"
             )
-        elif "DataLoader worker" in reason:  # killed, as a system does that has no memory left
+        elif reason.startswith("DataLoader worker"):  # killed: the system may lack memory
             message = f"lost a process that reads audio ({reason}); try fewer --num_workers"
         elif isinstance(error, dist.DistError) or "gloo" in reason or "by peer" in reason:
             message = f"lost another process; the cause stands above, or below ({reason})"
@@ -161,7 +161,8 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        code, message = 2, f"{error.strerror}, where the output goes; the same command goes on"
+        where = error.filename or "standard output"
+        code, message = 2, f"{where}: {error.strerror}; make room, and give the command again"
     finally:
         end_workers()
     if code == 2:
@@ -246,7 +247,7 @@ def seed_everything(seed: int, *stream: int) -> None:
     Seeding each step makes dropout a function of the step: a resumed run needs no saved generator.
     """
     state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(state) >> 1)  # of 63 bits, as ever: runs repeat
+    torch.manual_seed(int(state) >> 1)  # 63 bits: one more would change all seeded runs
 
 
 def check_supported(precision: str, device: torch.device, compiled: bool = False) -> None:

@@ -5,7 +5,7 @@
 #   bash recipes/pocketsphinx.sh PATH/TO/speechocean762/manifest.jsonl
 set -euo pipefail
 MANIFEST=$(realpath "${1:?usage: bash recipes/pocketsphinx.sh MANIFEST (data/README.md says which)}")
-[ -f "$MANIFEST" ] || { echo "$MANIFEST: no such file"; exit 2; }
+[ -f "$MANIFEST" ] || { echo "$MANIFEST: no such file" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 DATA=data/speechocean762

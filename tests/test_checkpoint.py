@@ -199,12 +199,17 @@ def test_a_state_of_another_version_is_refused_in_one_line(tmp_path, name, value
         checkpoint.load_state(tmp_path / "checkpoint.pt")
 
 
-def test_a_save_cut_off_at_its_last_step_can_be_gone_on_from(tmp_path):
-    """The checkpoint was damaged before, and so has become the previous one."""
-    run_folder(tmp_path, {}, steps=(1, 2))
+@pytest.mark.parametrize("steps", [(1, 2), (2,)])
+def test_a_save_cut_off_at_its_last_step_can_be_gone_on_from(tmp_path, steps):
+    """As often as it takes: the one before was damaged, or it is the first."""
+    run_folder(tmp_path, {}, steps)
     (tmp_path / "checkpoint.pt").rename(tmp_path / ".checkpoint.fresh")
-    (tmp_path / "previous.pt").write_bytes(b"damaged")
-    assert checkpoint.resume(tmp_path, {})["step"] == 2
+    if len(steps) > 1:
+        (tmp_path / "previous.pt").write_bytes(b"damaged")
+    for _ in range(3):
+        assert checkpoint.resume(tmp_path, {})["step"] == 2
+        checkpoint.start(tmp_path, {})
+    assert not (tmp_path / ".checkpoint.fresh").exists()
 
 
 @pytest.mark.parametrize("begun", [False, True])

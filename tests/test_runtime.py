@@ -175,6 +175,12 @@ def test_workers_do_not_keep_a_failed_run_alive(capsys):
     assert not worker.is_alive() and end.value.code == 2
     assert "fewer --num_workers" in capsys.readouterr().err
 
+    def mistake():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal ...")
+
+    with pytest.raises(RuntimeError, match="Caught"):  # ours, to be seen whole
+        runtime.run(mistake)
+
 
 def test_a_part_of_torchruns_variables(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
