@@ -26,6 +26,7 @@ from pathlib import Path
 from fairasr_min import checkpoint, data, report, runtime
 from fairasr_min.audio import AudioError, read_audio
 from fairasr_min.decode import decode
+from fairasr_min.layers import weights_held
 from fairasr_min.report_html import to_html
 from fairasr_min.runtime import at_least
 from fairasr_min.stats import StatisticsError
@@ -367,10 +368,14 @@ def main() -> int:
     world = runtime.setup(args.device)
     runtime.check_supported(args.precision, world.device)
     if args.audio:
+        others = ("manifest", "predictions", "compare", "by")
+        if idle := [f"--{name}" for name in others if getattr(args, name)]:
+            raise runtime.UserError(f"--audio only prints what is said: leave out {' '.join(idle)}")
         model = checkpoint.recogniser(load_model_file(args, world)).to(world.device)
-        for path in args.audio:
-            text = model.transcribe([read_audio(path)])[0]
-            world.say(text if len(args.audio) == 1 else f"{path}: {text}")
+        with weights_held(), runtime.autocast(args.precision, world.device):
+            for path in args.audio:
+                text = model.transcribe([read_audio(path)])[0]
+                world.say(text if len(args.audio) == 1 else f"{path}: {text}")
         return 0
 
     bins = read_bins(args)

@@ -224,6 +224,17 @@ def test_evaluate_takes_long_clips(folder, two_seconds, monkeypatch, capsys):
         return capsys.readouterr().out
 
     assert call("--audio", f"{folder}/long.wav") == expected[1] + "\n"
+    with monkeypatch.context() as patch:
+        types, transcribe = [], ConformerCTC.transcribe
+
+        def watched(self, waveforms):
+            types.append(layers.product_type(waveforms[0]))
+            return transcribe(self, waveforms)
+
+        patch.setattr(ConformerCTC, "transcribe", watched)
+        for precision in ("fp32", "bf16"):
+            call("--audio", f"{folder}/long.wav", "--precision", precision)
+        assert types == [torch.float32, torch.bfloat16]
     for size in ("1", "8"):
         call("--manifest", f"{folder}/m.jsonl", "--batch_size", size)
         hyps = (folder / "out" / "hyps.jsonl").read_text().splitlines()

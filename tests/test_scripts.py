@@ -305,6 +305,7 @@ MISTAKES = {
          "--resume_ckpt", "{out}/pretrain/checkpoint.pt"],
         r"is of stage 1, not 2",
     ),
+    "audio and groups": (["evaluate.py", "--audio", "{audio}", "--by", "age"], r"leave out --by"),
     "audio as a model": (["evaluate.py", "--model", "{audio}"], r"not a PyTorch file"),
     "out is a file": (
         ["train.py", "--manifest", "{demo}/train.jsonl", "--out", "{demo}/train.jsonl"],
