@@ -17,7 +17,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -97,13 +96,7 @@ def arguments() -> argparse.ArgumentParser:
 def make_folder(args) -> None:
     """--out, before the long work. Raises UserError."""
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise runtime.UserError(
-            f"--out {out}: {error.strerror}; name a folder that can be written"
-        ) from None
+    runtime.make_folder(out)
     decoding = not (args.predictions or args.compare)
     given = [
         args.manifest,

@@ -321,7 +321,8 @@ def resume(folder: Path, arguments: dict, resume_ckpt: str | None = None) -> dic
 
 
 def same_arguments(before: dict, now: dict, where: Path | str) -> None:
-    """CheckpointError that lists the differences, if there are any that matter."""
+    """Two runs' arguments; where: whose `before` are. Raises CheckpointError, which lists the
+    differences, if there are any that matter when resuming."""
     now = json.loads(json.dumps(now))  # as it is after writing and reading
     if before.get("stage") != now.get("stage"):
         raise CheckpointError(f"{where} is of stage {before.get('stage')}, not {now.get('stage')}")

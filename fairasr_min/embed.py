@@ -21,7 +21,6 @@ import io
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -339,15 +338,6 @@ def picture(title: str, panels: dict[str, np.ndarray], labels: Sequence[str]) ->
 # ---- commands ------------------------------------------------------------------------------------
 
 
-def make_folder(path: Path) -> None:
-    """Before the long work. Raises UserError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}; name another place") from None
-
-
 def write_file(path: Path, content: bytes) -> None:
     """Whole or not at all. Raises UserError, e.g. on a full disk."""
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -367,7 +357,7 @@ def write(args) -> None:
         raise UserError(f"--out {out} is a folder; name a file, such as {out / 'embeddings.npz'}")
     if out.resolve() in (Path(args.manifest).resolve(), Path(args.model).resolve()):
         raise UserError(f"--out {out} would be overwritten; name another file")
-    make_folder(out.parent)
+    runtime.make_folder(out.parent)
     with runtime.first_process_first(world):  # which may have to download it
         payload = checkpoint.load_model_file(args.model)
     utterances, bad = data.read_manifest(args.manifest, args.audio_root, "unused", world.main)
@@ -440,7 +430,7 @@ def probe(args) -> None:
     speaker, speakers = choose_speakers(rows, args.speaker)
     labels = {column: [data.label_of(row, column) for row in rows] for column in by}
     chosen = {column: choose_rows(column, labels[column], speakers) for column in by}
-    make_folder(Path(args.out))
+    runtime.make_folder(Path(args.out))
 
     synthetic = any(row.get("synthetic") for row in rows)
     voices = "SYNTHETIC voices: " if synthetic else ""

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +171,18 @@ def run(main, mistakes: tuple[type[Exception], ...] = ()) -> None:
     elif code == 0 and dist.is_initialized():  # else the others may wait for us in vain
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def make_folder(path: Path) -> None:
+    """The folder of what will be written in the end, before the long work. Raises UserError if it
+    cannot be made, or nothing can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(
+            f"--out {path}: {error.strerror}; name another place, a folder that can be written"
+        ) from None
 
 
 def end_workers() -> None:
