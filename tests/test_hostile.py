@@ -588,6 +588,10 @@ def test_the_best_model_comes_along_to_another_folder(folder, attempt):
     assert code == 2 and "the best model of this run so far, is missing" in printed
     assert not (folder / "new").exists()
     (folder / "model of parts.pt").rename(folder / "parts" / "model.pt")
+    last = (*there[:2], "--max_steps", 3, "--out", folder / "done")  # with no step left
+    assert attempt(*begun, *last)[0] == 0
+    one, two = ((folder / d / "model.pt").read_bytes() for d in ("parts", "done"))
+    assert one == two
     assert attempt(*begun, *there)[0] == 0
     one, two = (torch.load(folder / d / "model.pt") for d in ("out", "new"))
     assert one["step"] == two["step"]

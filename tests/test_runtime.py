@@ -184,6 +184,17 @@ def test_workers_do_not_keep_a_failed_run_alive(capsys):
         runtime.run(mistake)
 
 
+def test_a_folder_that_cannot_be_written_is_found_out_at_once(tmp_path, monkeypatch):
+    def read_only(dir):
+        raise OSError(30, "Read-only file system")
+
+    runtime.make_folder(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(runtime.UserError, match="new: Read-only file system; name another"):
+        runtime.make_folder(tmp_path / "new")
+
+
 def test_a_part_of_torchruns_variables(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
